@@ -1,0 +1,143 @@
+"""What a user may ask of one generation, validated on construction.
+
+Owns the meaning and the limits of every sampling option. Nobody re-interprets a value later: the scheduler reads
+the stopping rules, the sampler reads the rest. Knows nothing of models; checks against a vocabulary or a context
+length happen in `LLMEngine.add_request`, where both are known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.errors import InvalidSamplingParams
+
+MAX_LOGPROBS = 64  # candidates reported per position
+MAX_STOP_STRINGS = 64
+MAX_STOP_STRING_LENGTH = 1024
+MAX_CHOICES = 128  # upper limit of n
+GREEDY_BELOW = 1e-5  # temperatures below this are greedy: dividing by them overflows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Options of one request. `InvalidSamplingParams` names the field that is wrong.
+
+    Order of the pipeline: logit_bias, allowed_token_ids, bad_words, min_tokens (masks); penalties; temperature;
+    min_p; top_k, top_p; draw. `logprobs` are of the model's own distribution, before any of it.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # smallest set of most likely tokens whose probability reaches this
+    top_k: int = 0  # 0 (or -1): all tokens
+    min_p: float = 0.0  # drop tokens less likely than this share of the most likely one
+    n: int = 1  # completions per prompt
+    max_tokens: int | None = 64  # generated tokens at most; None: until the context is full
+    min_tokens: int = 0  # no end before this many generated tokens
+    stop: str | Sequence[str] = ()  # strings that end the text
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    seed: int | None = None  # same seed, same tokens, whatever else is in the batch
+    presence_penalty: float = 0.0  # subtracted once from every token generated before; -2 to 2
+    frequency_penalty: float = 0.0  # subtracted per earlier occurrence in the output; -2 to 2
+    repetition_penalty: float = 1.0  # divides (multiplies, if negative) logits of tokens seen in prompt or output
+    logit_bias: Mapping[int, float] | None = None  # token id -> added to its logit, -100 to 100
+    allowed_token_ids: Sequence[int] | None = None  # nothing else may be drawn
+    bad_words: Sequence[str] = ()  # texts that must not be produced
+    logprobs: int | None = None  # candidates reported per generated token; 0: the drawn one only
+    prompt_logprobs: int | None = None  # the same for the prompt
+    skip_special_tokens: bool = True  # leave special tokens out of the text
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_lists()
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    def _check_numbers(self) -> None:
+        _check_float("temperature", self.temperature, 0.0, 100.0)
+        _check_float("top_p", self.top_p, 0.0, 1.0, above_low=True)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above_low=True)
+        _check_int("top_k", self.top_k, -1, None)
+        _check_int("n", self.n, 1, MAX_CHOICES)
+        _check_int("min_tokens", self.min_tokens, 0, None)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, None)
+            if self.min_tokens > self.max_tokens:
+                raise InvalidSamplingParams(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63), 2**64 - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidSamplingParams(f"{name} must be true or false, got {getattr(self, name)!r}")
+
+    def _check_lists(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        _set(self, "stop", _strings("stop", stop, MAX_STOP_STRINGS, MAX_STOP_STRING_LENGTH))
+        _set(self, "bad_words", _strings("bad_words", self.bad_words, 1024, MAX_STOP_STRING_LENGTH))
+        _set(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        if self.allowed_token_ids is not None:
+            _set(self, "allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+            if not self.allowed_token_ids:
+                raise InvalidSamplingParams("allowed_token_ids is empty: no token could be drawn; leave it out to allow all")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise InvalidSamplingParams(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+            _token_ids("logit_bias", list(self.logit_bias))
+            for token_id, bias in self.logit_bias.items():
+                _check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+            _set(self, "logit_bias", dict(self.logit_bias) or None)
+
+
+def _set(params: SamplingParams, name: str, value: Any) -> None:
+    """Normalise a field of a frozen object; only `__post_init__` may."""
+    object.__setattr__(params, name, value)
+
+
+def _check_float(name: str, value: Any, low: float, high: float, above_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidSamplingParams(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or not low <= value <= high or (above_low and value == low):
+        interval = f"{'(' if above_low else '['}{low:g}, {high:g}]"
+        raise InvalidSamplingParams(f"{name}={value} is outside {interval}")
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidSamplingParams(f"{name} must be a whole number, got {value!r}")
+    if value < low or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise InvalidSamplingParams(f"{name}={value} must be {limit}")
+
+
+def _strings(name: str, values: Any, max_count: int, max_length: int) -> tuple[str, ...]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise InvalidSamplingParams(f"{name} must be a list of strings, got {values!r}")
+    if len(values) > max_count:
+        raise InvalidSamplingParams(f"{name} has {len(values)} entries; at most {max_count} are allowed")
+    for value in values:
+        if not isinstance(value, str) or not value:
+            raise InvalidSamplingParams(f"{name} must hold non-empty strings, got {value!r}")
+        if len(value) > max_length:
+            raise InvalidSamplingParams(f"{name} holds a string of {len(value)} characters; at most {max_length} are allowed")
+    return tuple(values)
+
+
+def _token_ids(name: str, values: Any) -> tuple[int, ...]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise InvalidSamplingParams(f"{name} must be a list of token ids, got {values!r}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+            raise InvalidSamplingParams(f"{name} must hold token ids (whole numbers from 0), got {value!r}")
+    return tuple(values)
