@@ -81,9 +81,9 @@ class ConfigReader:
         self.source = source
 
     @overload
-    def get(self, key: str, kind: type[T], default: T) -> T: ...
-    @overload
     def get(self, key: str, kind: type[T], default: None) -> T | None: ...
+    @overload
+    def get(self, key: str, kind: type[T], default: T) -> T: ...
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         """The value of `key` as `kind`; `default` when it is absent or null."""
         value = self.config.get(key)
@@ -92,7 +92,7 @@ class ConfigReader:
                 raise UnsupportedConfigValue(f"{self.source} has no {key!r}; it is needed to build the model")
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < 2**1000 else math.inf
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise UnsupportedConfigValue(f"{self.source}: {key}={value!r} should be of type {kind.__name__}")
         if kind is float and not math.isfinite(value):
@@ -101,7 +101,8 @@ class ConfigReader:
 
     def require(self, key: str, kind: type[T]) -> T:
         """The value of `key` as `kind`; an error when it is absent."""
-        return self.get(key, kind, _REQUIRED)
+        value: T = self.get(key, kind, _REQUIRED)  # pyright: ignore[reportAssignmentType]  (never None: that raises)
+        return value
 
     def require_positive(self, key: str) -> int:
         value = self.require(key, int)
@@ -113,8 +114,8 @@ class ConfigReader:
         """Refuse the checkpoint unless `key` is absent, null, or one of `supported`."""
         value = self.config.get(key)
         if value is not None and value not in supported:
-            wanted = " or ".join(repr(value) for value in supported)
-            raise UnsupportedConfigValue(f"{self.source}: {key}={value!r} is not implemented (only {wanted} is)")
+            only = f" (only {' or '.join(repr(value) for value in supported)} is)" if supported else ""
+            raise UnsupportedConfigValue(f"{self.source}: {key}={value!r} is not implemented{only}")
 
 
 def read_decoder_spec(reader: ConfigReader, *, qkv_bias: bool, output_bias: bool = False, qk_norm: bool = False) -> ModelSpec:
@@ -127,12 +128,17 @@ def read_decoder_spec(reader: ConfigReader, *, qkv_bias: bool, output_bias: bool
     num_kv_heads = reader.get("num_key_value_heads", int, num_heads)
     head_dim = reader.get("head_dim", int, hidden_size // num_heads)
     if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise UnsupportedConfigValue(f"{reader.source}: {num_heads} query heads cannot share {num_kv_heads} key/value heads evenly")
+        raise UnsupportedConfigValue(
+            f"{reader.source}: {num_heads} query heads cannot share {num_kv_heads} key/value heads evenly"
+        )
     if head_dim < 2 or head_dim % 2:
         raise UnsupportedConfigValue(f"{reader.source}: head_dim={head_dim} must be even; rotary embedding turns pairs")
     max_position = reader.require_positive("max_position_embeddings")
+    norm_eps = reader.require("rms_norm_eps", float)
+    if norm_eps < 0:
+        raise UnsupportedConfigValue(f"{reader.source}: rms_norm_eps={norm_eps} must not be negative")
     return ModelSpec(
-        architecture=reader.require("architectures", list)[0],
+        architecture=read_architecture(reader),
         vocab_size=reader.require_positive("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=reader.require_positive("intermediate_size"),
@@ -140,7 +146,7 @@ def read_decoder_spec(reader: ConfigReader, *, qkv_bias: bool, output_bias: bool
         total_num_heads=num_heads,
         total_num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        norm_eps=reader.require("rms_norm_eps", float),
+        norm_eps=norm_eps,
         rope=read_rope_spec(reader, max_position),
         max_position=max_position,
         tie_word_embeddings=reader.get("tie_word_embeddings", bool, False),
@@ -151,12 +157,22 @@ def read_decoder_spec(reader: ConfigReader, *, qkv_bias: bool, output_bias: bool
     )
 
 
+def read_architecture(reader: ConfigReader) -> str:
+    """The one class name in `architectures`."""
+    architectures = reader.require("architectures", list)
+    if len(architectures) != 1 or not isinstance(architectures[0], str):
+        raise UnsupportedConfigValue(f"{reader.source}: architectures={architectures!r} should hold exactly one name")
+    return architectures[0]
+
+
 def read_rope_spec(reader: ConfigReader, max_position: int) -> RopeSpec:
     """`rope_parameters` (Transformers 5) or `rope_theta` with `rope_scaling` (before). Unknown kinds are refused."""
     parameters = dict(reader.get("rope_scaling", dict, {}))
     parameters.update(reader.get("rope_parameters", dict, {}))
     rope = ConfigReader(parameters, f"{reader.source}: rope scaling")
-    theta = rope.get("rope_theta", float, None) or reader.get("rope_theta", float, 10000.0)
+    theta = rope.get("rope_theta", float, reader.get("rope_theta", float, 10000.0))
+    if theta <= 0:
+        raise UnsupportedConfigValue(f"{rope.source}: rope_theta={theta} must be positive")
     kind = rope.config.get("rope_type", rope.config.get("type", "default"))
     rope.expect("partial_rotary_factor", 1.0)
     if kind in ("default", None):
@@ -164,7 +180,9 @@ def read_rope_spec(reader: ConfigReader, max_position: int) -> RopeSpec:
     factor = rope.require("factor", float)
     original = rope.get("original_max_position_embeddings", int, max_position)
     if factor <= 0 or original <= 0:
-        raise UnsupportedConfigValue(f"{rope.source}: factor={factor} and original_max_position_embeddings={original} must be positive")
+        raise UnsupportedConfigValue(
+            f"{rope.source}: factor={factor} and original_max_position_embeddings={original} must be positive"
+        )
     if kind == "linear":
         return RopeSpec(theta=theta, scaling="linear", factor=factor)
     if kind == "llama3":

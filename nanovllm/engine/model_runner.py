@@ -1,0 +1,144 @@
+"""ModelRunner: one rank's execution of a step. Rows in, tokens out.
+
+Owns the model, the row state, the KV caches and the sampler. Knows rows, never sequences or requests. A step is:
+write the changes into the rows, gather the inputs, run the model, project the positions that draw, sample, and write
+the tokens back into the rows, where the next step finds them. Nothing here waits for the device; `PendingStep.result`
+does. Read next: `runner/inputs.py`, `models/decoder.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nanovllm.attention.base import AttentionBackend
+from nanovllm.engine.batch import ScheduledBatch, Seat, StepResult
+from nanovllm.forward_context import ForwardContext
+from nanovllm.models.decoder import Decoder
+from nanovllm.outputs import PositionLogprobs
+from nanovllm.runner.inputs import StepInputs, build_inputs
+from nanovllm.runner.state import RowState
+from nanovllm.sampling.logprobs import BatchLogprobs, prompt_logprobs
+from nanovllm.sampling.sampler import Sampler
+
+MAX_LOGIT_ROWS = 256  # prompt positions projected at a time when prompt log-probabilities are asked for
+
+
+@dataclass(slots=True)
+class PendingStep:
+    """A step whose results may still be on their way."""
+
+    step: int
+    token_ids: Tensor  # [num_samples] int64, on the device
+    logprobs: BatchLogprobs | None
+    prompt_logprobs: dict[int, list[BatchLogprobs]] = field(default_factory=dict)
+    forward_ns: int = 0
+
+    def result(self) -> StepResult:
+        """Wait for the device, and bring everything to the host."""
+        return StepResult(
+            step=self.step,
+            token_ids=self.token_ids.unsqueeze(1).tolist(),
+            logprobs=self.logprobs.to_host() if self.logprobs else None,
+            prompt_logprobs={chunk: _to_host(parts) for chunk, parts in self.prompt_logprobs.items()},
+            forward_ns=self.forward_ns,
+        )
+
+
+class ModelRunner:
+    def __init__(
+        self,
+        model: Decoder,
+        backend: AttentionBackend,
+        kv_caches: list[Tensor],
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.backend = backend
+        self.kv_caches = kv_caches
+        self.block_size = block_size
+        self.state = RowState(max_num_seqs, max_model_len, block_size, device)
+        self.sampler = Sampler(model.spec.vocab_size, max_num_seqs, device)
+        self._prompt_logprobs: dict[int, Seat] = {}  # row -> who asked for them
+
+    @torch.inference_mode()
+    def run(self, batch: ScheduledBatch) -> PendingStep:
+        """Execute one step. Steps must come in order; each sees the tokens that the one before drew."""
+        started = time.perf_counter_ns()
+        self._update_state(batch)
+        inputs = build_inputs(batch, self.state, self.block_size)
+        hidden = self.model(inputs.input_ids, self._context(inputs))  # [num_tokens, hidden_size]
+        pending = self._sample(batch, inputs, hidden)
+        if self._prompt_logprobs:
+            pending.prompt_logprobs = self._score_prompts(batch, inputs, hidden)
+        pending.forward_ns = time.perf_counter_ns() - started
+        return pending
+
+    execute_model = run
+
+    def _update_state(self, batch: ScheduledBatch) -> None:
+        for seat in batch.seats:
+            self.sampler.seat(seat.row, seat.sampling)
+            self._prompt_logprobs.pop(seat.row, None)
+            if seat.sampling.params.prompt_logprobs is not None:
+                self._prompt_logprobs[seat.row] = seat
+        self.state.seat(batch.seats)
+        self.state.update_blocks(batch.block_updates)
+        if batch.block_copies:
+            device = self.state.block_tables.device
+            sources, destinations = torch.tensor(batch.block_copies, device=device).unbind(1)
+            for kv_cache in self.kv_caches:
+                self.backend.copy_blocks(kv_cache, sources, destinations)
+
+    def _context(self, inputs: StepInputs) -> ForwardContext:
+        cos, signed_sin = self.model.rotary.at(inputs.positions)  # type: ignore[union-attr]  # made by finish_loading
+        plan = self.backend.plan(inputs.attention)
+        return ForwardContext(inputs.positions, cos, signed_sin, inputs.slot_mapping, self.kv_caches, self.backend, plan)
+
+    def _sample(self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor) -> PendingStep:
+        """Project and draw for the chunks that reach their sequence's end, and only for those."""
+        chunks = batch.sampled_chunks
+        device = hidden.device
+        if not chunks:
+            return PendingStep(batch.step, torch.empty(0, dtype=torch.int64), None)
+        if len(chunks) < len(hidden):
+            last_tokens = torch.from_numpy(inputs.query_start[1:][chunks] - 1).to(device)
+            hidden = hidden.index_select(0, last_tokens)  # [num_samples, hidden_size]
+        logits = self.model.compute_logits(hidden)  # [num_samples, vocab_size]
+        rows = [batch.rows[chunk] for chunk in chunks]
+        positions = [batch.starts[chunk] + batch.lengths[chunk] for chunk in chunks]  # of the tokens to be drawn
+        sampled = self.sampler.sample(logits, rows, positions, self.state.token_ids)
+        self.state.write_sampled(torch.tensor(rows, device=device), torch.tensor(positions, device=device), sampled.token_ids)
+        return PendingStep(batch.step, sampled.token_ids, sampled.logprobs)
+
+    def _score_prompts(self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor) -> dict[int, list[BatchLogprobs]]:
+        """Log-probabilities of the prompt tokens that follow each computed position, for the rows that asked."""
+        scores = {}
+        for chunk, row in enumerate(batch.rows):
+            seat = self._prompt_logprobs.get(row)
+            if seat is None:
+                continue
+            start = batch.starts[chunk]
+            num_targets = min(batch.lengths[chunk], seat.sampling.num_prompt_tokens - 1 - start)
+            first = int(inputs.query_start[chunk])
+            scores[chunk] = [
+                prompt_logprobs(
+                    self.model.compute_logits(hidden[first + offset : first + end]),
+                    self.state.token_ids[row, start + offset + 1 : start + end + 1],
+                    seat.sampling.params.prompt_logprobs or 0,
+                )
+                for offset in range(0, num_targets, MAX_LOGIT_ROWS)
+                for end in (min(offset + MAX_LOGIT_ROWS, num_targets),)
+            ]
+        return scores
+
+
+def _to_host(parts: list[BatchLogprobs]) -> list[PositionLogprobs]:
+    return [position for part in parts for position in part.to_host() if position is not None]

@@ -1,0 +1,68 @@
+"""Request: one user call, which becomes n sequences and one live output.
+
+Owns the answer under construction. Text is optional: without a tokenizer the engine speaks token ids only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanovllm.engine.detokenizer import IncrementalDetokenizer
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import CompletionOutput, GenerationOutput, RequestMetrics
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Request:
+    """`sequences[i]` produces `output.completions[i]`, through `detokenizers[i]` when there is a tokenizer."""
+
+    sequences: list[Sequence]
+    output: GenerationOutput
+    detokenizers: list[IncrementalDetokenizer]
+    num_unfinished: int
+
+    @classmethod
+    def begin(cls, sequences: list[Sequence], prompt: str | None, tokenizer: Tokenizer | None) -> Request:
+        first = sequences[0]
+        params = first.params
+        completions = [CompletionOutput(index, logprobs=[] if params.logprobs is not None else None) for index in range(params.n)]
+        metrics = RequestMetrics(first.arrival_time, num_prompt_tokens=first.num_prompt_tokens)
+        output = GenerationOutput(first.request_id, prompt, list(first.token_ids), completions, metrics)
+        detokenizers = [IncrementalDetokenizer(tokenizer, params) for _ in sequences] if tokenizer else []
+        return cls(sequences, output, detokenizers, len(sequences))
+
+    def grow(self, sequence: Sequence) -> str | None:
+        """Take over a sequence's new tokens. Returns the stop string that they completed, if any."""
+        completion = self.output.completions[sequence.index]
+        new_token_ids = sequence.token_ids[sequence.num_prompt_tokens + len(completion.token_ids) :]
+        completion.token_ids.extend(new_token_ids)
+        if completion.logprobs is not None:
+            completion.logprobs.extend(sequence.logprobs[len(completion.logprobs) :])
+        if not self.detokenizers:
+            return None
+        detokenizer = self.detokenizers[sequence.index]
+        completion.text += detokenizer.append(new_token_ids)
+        return detokenizer.stop_string
+
+    def close_sequence(self, sequence: Sequence, now: float) -> None:
+        """A sequence ended: flush its text, take over its reason; the last one closes the request."""
+        completion = self.output.completions[sequence.index]
+        completion.finish_reason, completion.stop_reason = sequence.finish_reason, sequence.stop_reason
+        if self.detokenizers:
+            completion.text += self.detokenizers[sequence.index].finish()
+        self.num_unfinished -= 1
+        if self.num_unfinished == 0:
+            self._close(now)
+
+    def _close(self, now: float) -> None:
+        first, metrics = self.sequences[0], self.output.metrics
+        metrics.finish_time = now
+        metrics.first_scheduled_time = first.first_scheduled_time
+        metrics.num_cached_tokens = first.num_cached_tokens
+        metrics.num_generated_tokens = sum(sequence.num_generated_tokens for sequence in self.sequences)
+        metrics.num_preemptions = sum(sequence.num_preemptions for sequence in self.sequences)
+        if first.params.prompt_logprobs is not None:
+            self.output.prompt_logprobs = [None, *first.prompt_logprobs]
+        self.output.finished = True

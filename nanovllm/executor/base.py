@@ -1,0 +1,21 @@
+"""Executor: how the engine reaches the ranks that compute. In-process, by pipes, simulated: two methods either way."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from nanovllm.engine.batch import ScheduledBatch, StepResult
+
+
+class Executor(Protocol):
+    def dispatch(self, batch: ScheduledBatch) -> None:
+        """Start one step; do not wait for it. Steps run in the order of dispatch."""
+        ...
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step that was dispatched and not collected."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds. Idempotent."""
+        ...

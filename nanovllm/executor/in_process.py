@@ -1,0 +1,27 @@
+"""InProcessExecutor: one rank, in this process. Dispatching is calling the runner; the device may lag behind."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from nanovllm.engine.batch import ScheduledBatch, StepResult
+from nanovllm.engine.model_runner import ModelRunner, PendingStep
+
+
+class InProcessExecutor:
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner: ModelRunner | None = runner
+        self._in_flight: deque[PendingStep] = deque()
+
+    def dispatch(self, batch: ScheduledBatch) -> None:
+        if self.runner is None:
+            raise RuntimeError("the executor was closed")
+        self._in_flight.append(self.runner.run(batch))
+
+    def collect(self) -> StepResult:
+        return self._in_flight.popleft().result()
+
+    def close(self) -> None:
+        """Let go of the model and its caches."""
+        self.runner = None
+        self._in_flight.clear()

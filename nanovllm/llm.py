@@ -1,0 +1,230 @@
+"""LLM: the Python face. Builds an engine from options, and speaks prompts and messages.
+
+    from nanovllm import LLM, SamplingParams
+    llm = LLM()                                     # the embedded default model; or a folder, file or hub id
+    print(llm.generate(["Hello"], SamplingParams(max_tokens=20))[0].text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanovllm.attention.base import AttentionSpec
+from nanovllm.attention.torch_reference import TorchAttention
+from nanovllm.config import EngineConfig
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.llm_engine import LLMEngine, Prompt
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.policy import make_policy
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.errors import ConfigError, RequestError
+from nanovllm.executor.in_process import InProcessExecutor
+from nanovllm.loaders.checkpoint import Checkpoint, open_checkpoint
+from nanovllm.loaders.load import load_weights
+from nanovllm.loaders.weight_source import WeightSource
+from nanovllm.log import logger
+from nanovllm.model_spec import ModelSpec
+from nanovllm.models.registry import find_family, read_model_spec
+from nanovllm.outputs import GenerationOutput
+from nanovllm.parallel.group import ParallelGroup
+from nanovllm.platforms.base import Platform, select_platform
+from nanovllm.runner.memory_plan import MemoryPlan, plan_memory
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.tokenizer import Tokenizer
+
+Message = dict[str, Any]  # {"role": ..., "content": ...}
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionDelta:
+    """What one step added to one completion."""
+
+    index: int  # which of the n completions
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None  # of the last delta of a completion
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine, and the facts that it was built from."""
+
+    engine: LLMEngine
+    config: EngineConfig  # every "auto" decided
+    spec: ModelSpec
+    memory_plan: MemoryPlan
+    platform: Platform
+
+
+class LLM:
+    """One model, ready to generate. Options: see `EngineConfig`. Errors: `ConfigError`, `ModelError`."""
+
+    def __init__(self, model: str | Path | None = None, **options: Any) -> None:
+        config = EngineConfig.from_options(model=str(model) if isinstance(model, Path) else model, **options)
+        platform = select_platform(config.device)
+        checkpoint = open_checkpoint(config.model, revision=config.revision, hub=config.hub)
+        spec = read_model_spec(checkpoint.config, checkpoint.name)
+        tokenizer = load_tokenizer(checkpoint)
+        built = build_engine(config, platform, spec, checkpoint.weights, tokenizer, checkpoint.eos_token_ids)
+        self.engine, self.config, self.spec, self.memory_plan = built.engine, built.config, built.spec, built.memory_plan
+        self.tokenizer = tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        priority: int = 0,
+    ) -> list[GenerationOutput]:
+        """Complete one prompt or many (strings or token ids); outputs in the order of the prompts."""
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        return self.engine.generate(prompts, sampling_params, priority=priority, use_tqdm=use_tqdm)  # type: ignore[arg-type]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+        **template_options: Any,
+    ) -> list[GenerationOutput]:
+        """Answer one conversation or many, through the model's chat template."""
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [self.apply_chat_template(conversation, **template_options) for conversation in conversations]  # type: ignore[arg-type]
+        return self.engine.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[CompletionDelta]:
+        """Complete one prompt, piece by piece. Closing the iterator early aborts the request."""
+        request_id = self.engine.add_request(prompt, sampling_params)
+        return self._deltas(request_id)
+
+    def apply_chat_template(self, messages: Sequence[Message], **template_options: Any) -> list[int]:
+        """The token ids of a conversation, ready to be answered. Raises `InvalidChatTemplate`."""
+        if not messages:
+            raise RequestError("a conversation needs at least one message")
+        text = self.tokenizer.apply_chat_template(list(messages), **template_options)
+        return self.tokenizer.encode(text, add_special_tokens=False)  # the template writes them itself
+
+    def _deltas(self, request_id: str) -> Iterator[CompletionDelta]:
+        seen: dict[int, tuple[int, int]] = {}  # index -> characters and tokens delivered
+        done: set[int] = set()
+        finished = False
+        try:
+            while not finished:
+                for output in self.engine.step():
+                    if output.request_id == request_id:
+                        finished = output.finished
+                        yield from _new_parts(output, seen, done)
+        finally:
+            if not finished:
+                self.engine.abort(request_id)
+
+    def close(self) -> None:
+        """Release the model and its memory. Idempotent."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _new_parts(output: GenerationOutput, seen: dict[int, tuple[int, int]], done: set[int]) -> Iterator[CompletionDelta]:
+    for completion in output.completions:
+        num_characters, num_tokens = seen.get(completion.index, (0, 0))
+        text, token_ids = completion.text[num_characters:], completion.token_ids[num_tokens:]
+        seen[completion.index] = len(completion.text), len(completion.token_ids)
+        ends = completion.finish_reason is not None and completion.index not in done
+        if ends:
+            done.add(completion.index)
+        if text or token_ids or ends:
+            yield CompletionDelta(completion.index, text, token_ids, completion.finish_reason if ends else None)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    if checkpoint.gguf is not None:
+        return Tokenizer.from_gguf(checkpoint.gguf.metadata)
+    return Tokenizer.from_folder(checkpoint.path)
+
+
+def build_engine(
+    config: EngineConfig,
+    platform: Platform,
+    spec: ModelSpec,
+    weights: WeightSource,
+    tokenizer: Tokenizer | None = None,
+    eos_token_ids: Sequence[int] = (),
+) -> BuiltEngine:
+    """Decide every "auto", plan the memory, load the weights, wire the parts. In this order, so that errors come early."""
+    platform.prepare(config.num_threads)
+    policy = make_policy(config.scheduling_policy)
+    config, plan, dtype = resolve(config, platform, spec)
+    logger.info("memory plan, %s on %s\n%s", config.dtype, platform.describe(), plan.describe())
+    model = find_family(spec.architecture)(spec, ParallelGroup(), dtype)
+    load_weights(model, weights)
+    model.finish_loading(platform.device, plan.max_model_len)
+    backend = TorchAttention(
+        AttentionSpec(model.num_heads, model.num_kv_heads, spec.head_dim, config.block_size), dtype, platform.device
+    )
+    kv_caches = [platform.zeros(backend.kv_cache_shape(plan.num_blocks), dtype) for _ in range(spec.num_layers)]
+    limits = config.scheduler_limits
+    runner = ModelRunner(
+        model,
+        backend,
+        kv_caches,
+        block_size=config.block_size,
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=plan.max_model_len,
+        device=platform.device,
+    )
+    scheduler = Scheduler(BlockManager(plan.num_blocks, config.block_size, config.enable_prefix_caching), limits, policy)
+    engine = LLMEngine(
+        scheduler,
+        InProcessExecutor(runner),
+        vocab_size=spec.vocab_size,
+        max_model_len=plan.max_model_len,
+        tokenizer=tokenizer,
+        eos_token_ids=eos_token_ids,
+        num_steps_ahead=config.num_steps_ahead or 0,
+        seed=config.seed,
+    )
+    return BuiltEngine(engine, config, spec, plan, platform)
+
+
+def resolve(config: EngineConfig, platform: Platform, spec: ModelSpec) -> tuple[EngineConfig, MemoryPlan, torch.dtype]:
+    """A new config with nothing left to decide, the memory plan, and the dtype as torch has it."""
+    if config.max_model_len is not None and config.max_model_len > spec.max_position:
+        raise ConfigError(f"max_model_len={config.max_model_len} is more than the model's context of {spec.max_position} tokens")
+    dtype = platform.default_dtype() if config.dtype == "auto" else getattr(torch, config.dtype)
+    if config.dtype == "float16" and platform.device.type == "cpu":
+        raise ConfigError("dtype='float16' is not supported on a CPU; use 'bfloat16', 'float32' or 'auto'")
+    token_budget = config.max_num_batched_tokens or platform.default_token_budget
+    steps_ahead = platform.default_steps_ahead if config.num_steps_ahead is None else config.num_steps_ahead
+    share = config.gpu_memory_utilization or platform.default_memory_share
+    config = config.with_changes(
+        dtype=str(dtype).removeprefix("torch."),
+        device=platform.device.type,
+        max_num_batched_tokens=token_budget,
+        num_steps_ahead=steps_ahead,
+        gpu_memory_utilization=share,
+    )
+    memory = platform.memory()
+    plan = plan_memory(
+        spec,
+        config,
+        bytes_per_value=dtype.itemsize,
+        total=memory.total,
+        free=memory.free,
+        share=share,
+        max_default_kv=platform.max_default_kv_bytes(),
+    )
+    if config.max_model_len is None and plan.max_model_len < spec.max_position:
+        logger.info("max_model_len is %d, not the model's %d: that is what the cache holds", plan.max_model_len, spec.max_position)
+    return config.with_changes(max_model_len=plan.max_model_len), plan, dtype

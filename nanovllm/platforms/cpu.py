@@ -1,0 +1,106 @@
+"""The CPU platform: threads, allocator, memory."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanovllm.platforms.base import DeviceMemory
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt(3)
+KEEP_BYTES = 1 << 30
+
+
+class CpuPlatform:
+    default_memory_share = 0.5
+    default_token_budget = 2048
+    default_steps_ahead = 0  # the forward pass runs in the caller's thread: there is nothing to overlap with
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def prepare(self, num_threads: int | None) -> None:
+        torch.set_num_threads(num_threads or usable_cores())
+        keep_freed_memory()
+
+    def default_dtype(self) -> torch.dtype:
+        """bfloat16 where the processor multiplies in it; elsewhere it is emulated, and slower than float32."""
+        has_bf16 = any(name in _cpu_flags() for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        return torch.bfloat16 if has_bf16 else torch.float32
+
+    def memory(self) -> DeviceMemory:
+        total, free = _system_memory()
+        limit, used = _cgroup_memory()
+        if limit is not None and limit < total:
+            return DeviceMemory(limit, min(free, limit - used))
+        return DeviceMemory(total, free)
+
+    def max_default_kv_bytes(self) -> int | None:
+        return 4 << 30  # a prefix cache that fills the machine's memory unasked would surprise
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Anonymous pages: zero, and not there before they are touched."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype).view(shape)
+
+    def describe(self) -> str:
+        return f"CPU, {torch.get_num_threads()} threads"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, cut by a container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _read("/sys/fs/cgroup/cpu.max").split()
+    if len(quota) == 2 and quota[0].isdigit():
+        cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
+    return cores
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep large freed blocks. By default glibc returns them to the kernel and pays page faults again for
+    every large temporary: measured 4 times on prompt attention."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
+    except (OSError, AttributeError):
+        return  # not glibc: its allocator is what it is
+
+
+def _cpu_flags() -> set[str]:
+    """Feature names of the processor (x86: flags, ARM: Features); empty where /proc does not tell."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith(("flags", "Features")):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+def _system_memory() -> tuple[int, int]:
+    """(total, available) bytes."""
+    values = {}
+    for line in _read("/proc/meminfo").splitlines():
+        name, _, rest = line.partition(":")
+        values[name] = int(rest.split()[0]) * 1024
+    if "MemAvailable" in values:
+        return values["MemTotal"], values["MemAvailable"]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total, total // 2
+
+
+def _cgroup_memory() -> tuple[int | None, int]:
+    """(limit or None, used) bytes of this container."""
+    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    return (int(limit), int(used)) if limit.isdigit() and used.isdigit() else (None, 0)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,110 @@
+"""The four ways to draw a token, each for a group of samples: greedy, from all, within top-p, within top-k.
+
+Owns the grouping of a batch by way of drawing, and the limits of each group as tensors. All ways draw by the noise of
+`gumbel.py`, so a token that survives one filter wins as it would have without it. The filters are in `filters.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.sampling import filters
+from nanovllm.sampling.gumbel import exponential_noise
+from nanovllm.sampling.upload import upload
+from nanovllm.sampling_params import SamplingParams
+
+# Rows with top_k are grouped by its size, so that one large top_k does not slow the small ones.
+GREEDY, FROM_ALL, WITHIN_TOP_P, WITHIN_SMALL_TOP_K, WITHIN_TOP_K, WITHIN_LARGE_TOP_K = range(6)
+SMALL_TOP_K, LARGE_TOP_K = 64, 1024
+
+LIMITS = [
+    ("method", np.int8),
+    ("inverse_temperature", np.float32),
+    ("top_k", np.int64),
+    ("top_p", np.float32),
+    ("min_p", np.float32),
+]
+
+
+def limits_of(params: SamplingParams, vocab_size: int) -> tuple[int, float, int, float, float]:
+    """The values of `LIMITS` for one row."""
+    inverse_temperature = 0.0 if params.is_greedy else 1.0 / params.temperature
+    return _method_of(params, vocab_size), inverse_temperature, params.top_k, params.top_p, params.min_p
+
+
+def _method_of(params: SamplingParams, vocab_size: int) -> int:
+    if params.is_greedy:
+        return GREEDY
+    if not 0 < params.top_k < vocab_size:
+        return WITHIN_TOP_P if params.top_p < 1.0 else FROM_ALL
+    if params.top_k <= SMALL_TOP_K:
+        return WITHIN_SMALL_TOP_K
+    return WITHIN_TOP_K if params.top_k <= LARGE_TOP_K else WITHIN_LARGE_TOP_K
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The samples of a batch that draw in the same way, g of them, with their limits as columns on the device."""
+
+    method: int
+    samples: Tensor  # [g] int64
+    inverse_temperature: Tensor  # [g, 1] float32
+    top_k: Tensor  # [g, 1] int64
+    top_p: Tensor  # [g, 1] float32
+    min_p: Tensor | None  # [g, 1] float32; None if all are 0
+    max_top_k: int
+
+    def __getitem__(self, lines: slice) -> Group:
+        columns = (self.samples, self.inverse_temperature, self.top_k, self.top_p)
+        min_p = None if self.min_p is None else self.min_p[lines]
+        return Group(self.method, *(column[lines] for column in columns), min_p, self.max_top_k)
+
+
+def build_groups(limits: np.ndarray, device: torch.device) -> list[Group]:
+    """Groups of a batch whose samples have `limits`, [num_samples] with the fields of `LIMITS`."""
+    return [_build_group(int(method), limits, device) for method in np.unique(limits["method"])]
+
+
+def _build_group(method: int, limits: np.ndarray, device: torch.device) -> Group:
+    samples = np.flatnonzero(limits["method"] == method)  # [g]
+    own = limits[samples][:, None]  # [g, 1]
+    columns = (upload(own[name], device) for name in ("inverse_temperature", "top_k", "top_p"))
+    min_p = upload(own["min_p"], device) if own["min_p"].any() else None
+    return Group(method, upload(samples, device), *columns, min_p, int(own["top_k"].max()))
+
+
+def draw(scores: Tensor, group: Group, hashes: Tensor, keys: Tensor) -> Tensor:
+    """Tokens for a group, [g] int64, from its `scores`, [g, vocab], its `keys`, [g], and `hashes` of the vocabulary."""
+    if group.method == GREEDY:
+        return filters.argmax(scores)
+    if group.method >= WITHIN_SMALL_TOP_K:
+        return _draw_within_top_k(scores, group, hashes, keys)
+    blocks = filters.row_blocks(scores)
+    return torch.cat([_draw_from_block(scores[lines], group[lines], hashes, keys[lines]) for lines in blocks])
+
+
+def _draw_from_block(scores: Tensor, group: Group, hashes: Tensor, keys: Tensor) -> Tensor:
+    weights = _weights_above_min_p(scores, group)  # [b, vocab]
+    race = exponential_noise(hashes, keys)  # [b, vocab]
+    torch.div(weights, race, out=race)
+    if group.method == WITHIN_TOP_P:
+        return filters.winner_within_top_p(scores, weights, race, group.top_p)
+    return filters.argmax(race)
+
+
+def _draw_within_top_k(scores: Tensor, group: Group, hashes: Tensor, keys: Tensor) -> Tensor:
+    """Only the candidates need weights and noise."""
+    logits, token_ids = filters.most_likely(scores, group.max_top_k)  # [g, k]
+    weights = _weights_above_min_p(logits, group)
+    filters.drop_beyond_top_k_top_p(weights, group.top_k, group.top_p)
+    winner = filters.argmax(weights / exponential_noise(hashes[token_ids], keys))  # [g]
+    return token_ids.gather(-1, winner[:, None])[:, 0]
+
+
+def _weights_above_min_p(scores: Tensor, group: Group) -> Tensor:
+    weights = filters.relative_weights(scores, group.inverse_temperature)
+    return weights if group.min_p is None else filters.drop_below_min_p(weights, group.min_p)

@@ -1,0 +1,122 @@
+"""From logits to tokens: the flow of one step's sampling, and what is remembered of each row.
+
+Edits (`penalties.py`), then temperature, filters and draw (`draw.py`); log-probabilities beside it (`logprobs.py`). A
+batch costs only what its rows ask for: all greedy is one argmax. What a row draws depends on its logits, parameters,
+seed and position alone, never on its neighbours. This is the specification for faster kernels, and what runs on a CPU.
+Only top-p without top-k waits for the device. Knows rows, not sequences or requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.sampling import filters
+from nanovllm.sampling.draw import GREEDY, LIMITS, Group, build_groups, draw, limits_of
+from nanovllm.sampling.gumbel import draw_keys, stream_of, token_hashes
+from nanovllm.sampling.logprobs import BatchLogprobs, sampled_logprobs
+from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits
+from nanovllm.sampling.upload import upload
+from nanovllm.sampling_params import SamplingParams
+
+# One line per row, so that the operands of a batch are one indexing away. num_logprobs is -1 for none.
+ROW_COLUMNS = np.dtype([*LIMITS, ("stream", np.uint64), ("has_edits", np.bool_), ("num_logprobs", np.int64)])
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """What the sampler needs of one sequence, built once when it is seated into a row."""
+
+    params: SamplingParams
+    seed: int  # 64 bits
+    stop_token_ids: tuple[int, ...]  # all ids that would end it: masked before min_tokens
+    bad_words: tuple[tuple[int, ...], ...]  # token id sequences that must not be completed
+    num_prompt_tokens: int
+
+
+class SampledTokens(NamedTuple):
+    token_ids: Tensor  # [num_samples] int64, on the device
+    logprobs: BatchLogprobs | None  # None if no row asked
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """What follows from the rows of a batch alone: kept while the same rows come back."""
+
+    rows: list[int]
+    streams: np.ndarray  # [num_samples] uint64
+    groups: list[Group]
+    edits: list[Edit]
+    logprobs_asked: dict[int, int]  # sample: number of alternatives
+    logprobs_lines: Tensor  # [m] int64, the keys of it
+
+
+class Sampler:
+    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = torch.device(device)
+        self._seated: list[RowSampling | None] = [None] * max_num_seqs
+        self._columns = np.zeros(max_num_seqs, ROW_COLUMNS)
+        self._hashes = token_hashes(vocab_size).to(self._device)  # [vocab] int32
+        self._plan: BatchPlan | None = None
+
+    def seat(self, row: int, sampling: RowSampling) -> None:
+        """A sequence arrives in `row`; whatever was there is forgotten."""
+        num_logprobs = -1 if sampling.params.logprobs is None else sampling.params.logprobs
+        limits = limits_of(sampling.params, self._vocab_size)
+        self._seated[row] = sampling
+        self._columns[row] = (*limits, stream_of(sampling.seed), edits_logits(sampling), num_logprobs)
+        self._plan = None
+
+    def sample(self, logits: Tensor, rows: list[int], positions: list[int], token_table: Tensor) -> SampledTokens:
+        """One token for each line of `logits`, [num_samples, vocab], which are left as they are.
+
+        `rows[i]` is the row of sample i, `positions[i]` the place in its sequence that the new token takes; the tokens
+        before it are `token_table[rows[i], :positions[i]]`, of [max_num_seqs, max_model_len + 1] int32.
+        """
+        plan = self._plan_for(rows)
+        scores = apply_edits(plan.edits, logits, positions, token_table) if plan.edits else logits
+        token_ids = self._draw(scores, plan, positions)
+        if not plan.logprobs_asked:
+            return SampledTokens(token_ids, None)
+        return SampledTokens(token_ids, sampled_logprobs(logits, token_ids, plan.logprobs_asked, plan.logprobs_lines))
+
+    def _draw(self, scores: Tensor, plan: BatchPlan, positions: list[int]) -> Tensor:
+        """[num_samples] int64."""
+        if all(group.method == GREEDY for group in plan.groups):
+            return filters.argmax(scores)
+        keys = upload(draw_keys(plan.streams, positions), self._device)  # [num_samples] int32
+        if len(plan.groups) == 1:
+            return draw(scores, plan.groups[0], self._hashes, keys)
+        token_ids = torch.empty(len(scores), dtype=torch.int64, device=self._device)
+        for group in plan.groups:
+            own_scores, own_keys = scores.index_select(0, group.samples), keys.index_select(0, group.samples)
+            token_ids.index_copy_(0, group.samples, draw(own_scores, group, self._hashes, own_keys))
+        return token_ids
+
+    def _plan_for(self, rows: list[int]) -> BatchPlan:
+        if self._plan is None or self._plan.rows != rows:
+            self._plan = self._build_plan(list(rows))
+        return self._plan
+
+    def _build_plan(self, rows: list[int]) -> BatchPlan:
+        columns = self._columns[rows]  # [num_samples]
+        edited = [EditedRow(i, rows[i], self._sampling_in(rows[i])) for i in np.flatnonzero(columns["has_edits"]).tolist()]
+        asking = np.flatnonzero(columns["num_logprobs"] >= 0)  # [m]
+        return BatchPlan(
+            rows=rows,
+            streams=columns["stream"],
+            groups=build_groups(columns, self._device),
+            edits=build_edits(edited, self._device) if edited else [],
+            logprobs_asked=dict(zip(asking.tolist(), columns["num_logprobs"][asking].tolist(), strict=True)),
+            logprobs_lines=upload(asking, self._device),
+        )
+
+    def _sampling_in(self, row: int) -> RowSampling:
+        sampling = self._seated[row]
+        assert sampling is not None, f"row {row} is sampled but was never seated"
+        return sampling

@@ -1,0 +1,205 @@
+"""The text of a growing list of token ids, exactly as decoding the whole list at once would give it.
+
+The `tokenizers` library decodes finished lists; decoding again after every token would cost quadratic time, and the
+usual tricks with a window of recent tokens are wrong for invalid byte sequences. So the decoders that language models
+use are restated here as streams: `push(ids)` returns text that no later token can change, `finish()` the rest. The
+library is the slow twin, and the tests compare the two on random ids. Anything else is refused when the model loads.
+Knows nothing of stop strings: `engine/detokenizer.py` is the reader.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
+
+import tokenizers
+
+from nanovllm.errors import UnsupportedTokenizer
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+REPLACEMENT = "\ufffd"
+
+
+class TextStream(Protocol):
+    def push(self, token_ids: Sequence[int]) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class TextStreams:
+    """Makes streams for one tokenizer and keeps what its tokens look like, so that sequences share the work."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, special_token_ids: Collection[int]) -> None:
+        self._rules = _read_decoder(backend)
+        self._tables = {
+            skips: _TokenTable(backend.id_to_token, self._rules.content_of_token, special_token_ids if skips else ())
+            for skips in (False, True)
+        }
+
+    def open(self, skip_special_tokens: bool) -> TextStream:
+        return self._rules.open(self._tables[skip_special_tokens])
+
+
+class _TokenTable(dict):
+    """Token id -> what it contributes; filled as tokens appear. None: nothing, as if the token were not there."""
+
+    def __init__(self, id_to_token: Callable[[int], str | None], content_of_token: Callable[[str], Any], skipped: Collection[int]):
+        super().__init__(dict.fromkeys(skipped))
+        self._id_to_token = id_to_token
+        self._content_of_token = content_of_token
+
+    def __missing__(self, token_id: int) -> Any:
+        token = self._id_to_token(token_id)
+        content = self[token_id] = None if token is None else self._content_of_token(token)
+        return content
+
+
+class _ByteLevel:
+    """GPT-2's scheme: every character of a token stands for a byte, and the bytes together are UTF-8."""
+
+    def __init__(self) -> None:
+        self._byte_of_character = _byte_alphabet()
+
+    def content_of_token(self, token: str) -> bytes:
+        """A token with any character outside the alphabet is an added one and stands for itself."""
+        values = [self._byte_of_character.get(character) for character in token]
+        return token.encode() if None in values else bytes(values)
+
+    def open(self, table: _TokenTable) -> TextStream:
+        return _ByteLevelStream(table)
+
+
+class _ByteLevelStream:
+    def __init__(self, table: _TokenTable) -> None:
+        self._table = table
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        table = self._table
+        return self._decode(b"".join([table[token_id] or b"" for token_id in token_ids]))
+
+    def finish(self) -> str:
+        return self._decode(b"", True)
+
+
+class _Pieces:
+    """SentencePiece's scheme: tokens are text with a sign for the space; rare characters are spelled in byte tokens."""
+
+    def __init__(self) -> None:
+        self.replacements: list[tuple[str, str]] = []
+        self.has_byte_tokens = False
+        self.strip = (" ", 0)  # this character, at most so many times, is cut from the start of the text
+        self.separator = ""
+        self.removed_from_first = ""  # Metaspace: a sign that is a space everywhere but in the first token
+
+    def content_of_token(self, token: str) -> str | int:
+        """Text, or the value of a byte token."""
+        for old, new in self.replacements:
+            token = token.replace(old, new)
+        match = _BYTE_TOKEN.fullmatch(token) if self.has_byte_tokens else None
+        return int(match[1], 16) if match else token
+
+    def open(self, table: _TokenTable) -> TextStream:
+        return _PieceStream(table, self)
+
+
+class _PieceStream:
+    """Byte tokens are held until another token ends their run, because one invalid byte makes the whole run invalid."""
+
+    def __init__(self, table: _TokenTable, rules: _Pieces) -> None:
+        self._table = table
+        self._rules = rules
+        self._byte_run = bytearray()
+        self._num_to_strip = rules.strip[1]
+        self._is_empty = True
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        texts = []
+        for token_id in token_ids:
+            content = self._table[token_id]
+            if isinstance(content, int):
+                self._byte_run.append(content)
+            elif content is not None:
+                texts.append(self._end_byte_run() + self._with_place(content))
+        text = "".join(texts)
+        return self._stripped(text) if self._num_to_strip else text
+
+    def finish(self) -> str:
+        return self._stripped(self._end_byte_run())
+
+    def _with_place(self, text: str) -> str:
+        rules, is_first = self._rules, self._is_empty
+        self._is_empty = False
+        if rules.removed_from_first:
+            return text.replace(rules.removed_from_first, "" if is_first else " ")
+        return text if is_first else rules.separator + text
+
+    def _end_byte_run(self) -> str:
+        run = bytes(self._byte_run)
+        self._byte_run.clear()
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return REPLACEMENT * len(run)
+
+    def _stripped(self, text: str) -> str:
+        character = self._rules.strip[0]
+        num = 0
+        while num < min(self._num_to_strip, len(text)) and text[num] == character:
+            num += 1
+        # Whatever stands after the stripped part ends the stripping for good.
+        self._num_to_strip = 0 if num < len(text) else self._num_to_strip - num
+        return text[num:]
+
+
+def _read_decoder(backend: tokenizers.Tokenizer) -> _ByteLevel | _Pieces:
+    if backend.decoder is None:
+        rules = _Pieces()
+        rules.separator = " "
+        return rules
+    config = json.loads(backend.decoder.__getstate__())
+    steps = config["decoders"] if config["type"] == "Sequence" else [config]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _ByteLevel()
+    rules = _Pieces()
+    # The order in which SentencePiece-like tokenizers have these steps; another order would mean something else.
+    order = ["Replace", "ByteFallback", "Fuse", "Strip"] if kinds != ["Metaspace"] else ["Metaspace"]
+    position = 0
+    for step in steps:
+        while position < len(order) and order[position] != step["type"]:
+            position += 1
+        if position == len(order) or not _apply(step, rules, "Fuse" in kinds):
+            raise UnsupportedTokenizer(f"the decoder {' + '.join(kinds)} of this tokenizer is not implemented: {json.dumps(step)}")
+    return rules
+
+
+def _apply(step: dict[str, Any], rules: _Pieces, is_fused: bool) -> bool:
+    """Take one step of a decoder into the rules; false if it asks for something else than they can say."""
+    kind = step["type"]
+    if kind == "Replace":
+        rules.replacements.append((step["pattern"].get("String"), step["content"]))
+        return "String" in step["pattern"]
+    if kind == "ByteFallback":
+        rules.has_byte_tokens = True
+    elif kind == "Strip":
+        rules.strip = (step["content"], step["start"])
+        return step["stop"] == 0 and is_fused
+    elif kind == "Metaspace":
+        if step["prepend_scheme"] == "never":
+            rules.replacements.append((step["replacement"], " "))
+        else:
+            rules.removed_from_first = step["replacement"]
+    return True
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 characters stand for themselves, the others for U+0100 and up, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
+    return alphabet
