@@ -17,6 +17,7 @@ from typing import Any
 import tokenizers
 
 from nanovllm.errors import InvalidCheckpoint, ModelNotFound, UnsupportedTokenizer
+from nanovllm.log import logger
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json", "*.tiktoken")
@@ -41,8 +42,7 @@ def read_folder(folder: str | Path) -> TokenizerParts:
     config = read_json(folder / "tokenizer_config.json")
     named_tokens, extra_tokens = _special_tokens(folder, config, backend)
     _add_tokens(backend, config, named_tokens, extra_tokens)
-    if "add_bos_token" in config or "add_eos_token" in config:
-        _surround(backend, named_tokens, bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
+    _compare_flags(backend, config, named_tokens)
     return TokenizerParts(
         backend=backend,
         named_tokens=named_tokens,
@@ -125,29 +125,45 @@ def _add_tokens(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], named_tokens: Mapping[str, str], extra_tokens: Iterable[str]
 ) -> None:
     """Tokens that tokenizer_config.json knows and tokenizer.json does not, and the special mark of the named ones."""
-    listed = config.get("added_tokens_decoder") or {}
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for token_id, entry in sorted(listed.items(), key=lambda pair: int(pair[0])):
-        if entry["content"] in known:
-            continue
-        flags = {name: bool(entry.get(name)) for name in ("single_word", "lstrip", "rstrip", "special")}
-        normalized = bool(entry.get("normalized", not flags["special"]))
-        backend.add_tokens([tokenizers.AddedToken(entry["content"], normalized=normalized, **flags)])
-        if backend.token_to_id(entry["content"]) != int(token_id):
-            raise InvalidCheckpoint(
-                f"tokenizer_config.json gives token {entry['content']!r} the id {token_id}, "
-                f"but by tokenizer.json it is {backend.token_to_id(entry['content'])}"
-            )
+    for token_id, token in _listed_tokens(config):
+        if token.content not in known:
+            backend.add_tokens([token])
+            if backend.token_to_id(token.content) != token_id:
+                raise InvalidCheckpoint(
+                    f"tokenizer_config.json gives token {token.content!r} the id {token_id}, "
+                    f"but by tokenizer.json it is {backend.token_to_id(token.content)}"
+                )
     special = [*named_tokens.values(), *extra_tokens]
     backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in special])
 
 
-def _surround(backend: tokenizers.Tokenizer, named_tokens: Mapping[str, str], add_bos: bool, add_eos: bool) -> None:
-    bos, eos = (
-        backend.token_to_id(named_tokens[name]) if wanted and name in named_tokens else None
-        for name, wanted in (("bos_token", add_bos), ("eos_token", add_eos))
-    )
-    surround_with(backend, bos, eos)
+def _listed_tokens(config: Mapping[str, Any]) -> list[tuple[int, tokenizers.AddedToken]]:
+    """`added_tokens_decoder` by rising id."""
+    listed = []
+    try:
+        for token_id, entry in (config.get("added_tokens_decoder") or {}).items():
+            flags = {name: bool(entry.get(name)) for name in ("single_word", "lstrip", "rstrip", "special")}
+            normalized = bool(entry.get("normalized", not flags["special"]))
+            listed.append((int(token_id), tokenizers.AddedToken(entry["content"], normalized=normalized, **flags)))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InvalidCheckpoint(f"added_tokens_decoder of tokenizer_config.json is malformed: {error!r}") from error
+    return sorted(listed, key=lambda pair: pair[0])
+
+
+def _compare_flags(backend: tokenizers.Tokenizer, config: Mapping[str, Any], named_tokens: Mapping[str, str]) -> None:
+    """tokenizer.json decides which tokens surround a text, as in Transformers 5; a flag that says otherwise is reported."""
+    surrounding = backend.encode("").ids
+    for name in ("bos_token", "eos_token"):
+        wanted = config.get(f"add_{name}")
+        if wanted is None or name not in named_tokens:
+            continue
+        does_add = backend.token_to_id(named_tokens[name]) in surrounding
+        if does_add != bool(wanted):
+            logger.warning(
+                "tokenizer_config.json says add_%s=%s, but by tokenizer.json %r is %s; tokenizer.json is followed, as in Transformers 5",
+                *(name, wanted, named_tokens[name], "added" if does_add else "not added"),
+            )
 
 
 def _end_token_ids(folder: Path, backend: tokenizers.Tokenizer, named_tokens: Mapping[str, str]) -> frozenset[int]:

@@ -59,9 +59,9 @@ class Group:
     max_top_k: int
 
     def __getitem__(self, lines: slice) -> Group:
-        columns = (self.samples, self.inverse_temperature, self.top_k, self.top_p)
+        limits = (self.inverse_temperature[lines], self.top_k[lines], self.top_p[lines])
         min_p = None if self.min_p is None else self.min_p[lines]
-        return Group(self.method, *(column[lines] for column in columns), min_p, self.max_top_k)
+        return Group(self.method, self.samples[lines], *limits, min_p, self.max_top_k)
 
 
 def build_groups(limits: np.ndarray, device: torch.device) -> list[Group]:
@@ -72,9 +72,15 @@ def build_groups(limits: np.ndarray, device: torch.device) -> list[Group]:
 def _build_group(method: int, limits: np.ndarray, device: torch.device) -> Group:
     samples = np.flatnonzero(limits["method"] == method)  # [g]
     own = limits[samples][:, None]  # [g, 1]
-    columns = (upload(own[name], device) for name in ("inverse_temperature", "top_k", "top_p"))
-    min_p = upload(own["min_p"], device) if own["min_p"].any() else None
-    return Group(method, upload(samples, device), *columns, min_p, int(own["top_k"].max()))
+    return Group(
+        method=method,
+        samples=upload(samples, device),
+        inverse_temperature=upload(own["inverse_temperature"], device),
+        top_k=upload(own["top_k"], device),
+        top_p=upload(own["top_p"], device),
+        min_p=upload(own["min_p"], device) if own["min_p"].any() else None,
+        max_top_k=int(own["top_k"].max()),
+    )
 
 
 def draw(scores: Tensor, group: Group, hashes: Tensor, keys: Tensor) -> Tensor:

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nanovllm.engine.batch import RowSampling
 from nanovllm.sampling.upload import upload
-
-if TYPE_CHECKING:
-    from nanovllm.sampling.sampler import RowSampling
 
 # Not -inf: masks that contradict each other (say min_tokens, and allowed_token_ids that are all stop tokens) leave the
 # allowed tokens equal to each other, and still above the rest. Any finite logit vanishes beside it in float32.
@@ -128,7 +126,8 @@ def output_penalties(rows: list[EditedRow], device: torch.device) -> Edit | None
         is_output = (columns >= prompt_lengths) & (columns < batch.positions_on_device[samples][:, None])
         tokens = batch.token_table[:, first:last].index_select(0, table_rows).long()  # [r, last - first]
         tokens = torch.where(is_output, tokens, 0)  # padding adds 0 to the count of token 0, which stays right
-        counts = batch.scores.new_zeros(len(rows), batch.scores.shape[-1]) if counts is None else counts
+        if counts is None:
+            counts = batch.scores.new_zeros(len(rows), batch.scores.shape[-1])
         times = counts.scatter_add_(1, tokens, is_output.float()).gather(1, tokens)  # [r, last - first]
         counts.scatter_(1, tokens, 0.0)
         logits = batch.scores[samples[:, None], tokens]

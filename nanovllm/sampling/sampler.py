@@ -15,27 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.engine.batch import RowSampling
 from nanovllm.sampling import filters
 from nanovllm.sampling.draw import GREEDY, LIMITS, Group, build_groups, draw, limits_of
 from nanovllm.sampling.gumbel import draw_keys, stream_of, token_hashes
 from nanovllm.sampling.logprobs import BatchLogprobs, sampled_logprobs
 from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits
 from nanovllm.sampling.upload import upload
-from nanovllm.sampling_params import SamplingParams
 
 # One line per row, so that the operands of a batch are one indexing away. num_logprobs is -1 for none.
 ROW_COLUMNS = np.dtype([*LIMITS, ("stream", np.uint64), ("has_edits", np.bool_), ("num_logprobs", np.int64)])
-
-
-@dataclass(frozen=True, slots=True)
-class RowSampling:
-    """What the sampler needs of one sequence, built once when it is seated into a row."""
-
-    params: SamplingParams
-    seed: int  # 64 bits
-    stop_token_ids: tuple[int, ...]  # all ids that would end it: masked before min_tokens
-    bad_words: tuple[tuple[int, ...], ...]  # token id sequences that must not be completed
-    num_prompt_tokens: int
 
 
 class SampledTokens(NamedTuple):
