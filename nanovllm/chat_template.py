@@ -150,9 +150,11 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
         return {str.__str__(key): _plain(item, where, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, where, depth + 1) for item in value]
-    for kind in (str, bool, int, float):  # of an enum or another subclass, the value
+    if isinstance(value, str):  # of an enum or another subclass, the bare value
+        return str.__str__(value)
+    for kind in (int, float):
         if isinstance(value, kind):
-            return kind.__str__(value) if kind is str else kind(value)
+            return kind(value)
     raise InvalidPrompt(f"{where} holds a {type(value).__name__}; only JSON values are allowed")
 
 

@@ -68,7 +68,9 @@ def read_metadata(metadata: Mapping[str, Any]) -> TokenizerParts:
     """`metadata` maps GGUF keys to Python values; arrays are lists or numpy arrays."""
     kind = _text(metadata, "model")
     if kind not in ("gpt2", "llama"):
-        raise UnsupportedTokenizer(f"tokenizer.ggml.model={kind!r} is not implemented; supported: 'gpt2' (byte-level BPE), 'llama'")
+        raise UnsupportedTokenizer(
+            f"tokenizer.ggml.model={kind!r} is not implemented; supported: 'gpt2' (byte-level BPE), 'llama'"
+        )
     vocabulary = _read_vocabulary(metadata)
     if kind == "gpt2":
         backend, adds_bos = _build_byte_level(metadata, vocabulary)

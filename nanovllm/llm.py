@@ -70,7 +70,8 @@ class LLM:
         checkpoint = open_checkpoint(config.model, revision=config.revision, hub=config.hub)
         spec = read_model_spec(checkpoint.config, checkpoint.name)
         tokenizer = load_tokenizer(checkpoint)
-        built = build_engine(config, platform, spec, checkpoint.weights, tokenizer, checkpoint.eos_token_ids)
+        eos_token_ids = tuple(dict.fromkeys((*checkpoint.eos_token_ids, *tokenizer.end_token_ids)))
+        built = build_engine(config, platform, spec, checkpoint.weights, tokenizer, eos_token_ids)
         self.engine, self.config, self.spec, self.memory_plan = built.engine, built.config, built.spec, built.memory_plan
         self.tokenizer = tokenizer
 

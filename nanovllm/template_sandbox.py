@@ -20,8 +20,10 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
@@ -29,28 +31,30 @@ WORK_PER_OUTPUT_BYTE = 32  # intermediate strings may total this many times the 
 MAX_NUMBER_BITS = 4096
 MAX_WIDTH = 100  # of an indent, or of the precision of a round
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Filters whose result depends on all of their input: sized before they start. The rest look at one level only.
-_DEEP_FILTERS = frozenset(
-    "capitalize dictsort e escape float format groupby indent int join lower max min replace safe sort string striptags "
-    "title tojson trim truncate unique upper wordcount".split()
+_DEEP_FILTERS = _words(
+    """capitalize dictsort e escape float format groupby indent int join lower max min replace safe sort string striptags
+    title tojson trim truncate unique upper wordcount"""
 )
-_FLAT_FILTERS = frozenset(
-    "abs count d default first items last length list map reject rejectattr reverse round select selectattr".split()
-)
-_DEEP_TESTS = frozenset("eq equalto == ne != lt lessthan < le <= gt greaterthan > ge >= in".split())
+_FLAT_FILTERS = _words("abs count d default first items last length list map reject rejectattr reverse round select selectattr")
+_DEEP_TESTS = _words("eq equalto == ne != lt lessthan < le <= gt greaterthan > ge >= in")
 
 # Left out of the methods: what pads to a width, what changes its object, and the ways to bytes.
-_STRING_METHODS = frozenset(
-    "capitalize casefold count endswith find format format_map index isalnum isalpha isascii isdecimal isdigit "
-    "isidentifier islower isnumeric isprintable isspace istitle isupper join lower lstrip partition removeprefix "
-    "removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title "
-    "upper".split()
+_STRING_METHODS = _words(
+    """capitalize casefold count endswith find format format_map index isalnum isalpha isascii isdecimal isdigit
+    isidentifier islower isnumeric isprintable isspace istitle isupper join lower lstrip partition removeprefix
+    removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper"""
 )
 _METHODS: tuple[tuple[type | tuple[type, ...], frozenset[str]], ...] = (
     (str, _STRING_METHODS),
-    (dict, frozenset(("get", "items", "keys", "values", "copy"))),
-    ((list, tuple, range), frozenset(("count", "index", "copy"))),
-    ((int, float, bytes), frozenset(("is_integer", "bit_length"))),
+    (dict, _words("get items keys values copy")),
+    ((list, tuple, range), _words("count index copy")),
+    ((int, float, bytes), _words("is_integer bit_length")),
 )
 _WIDE_FORMAT = re.compile(r"\d{4,}|\*|\{[^{}]*\{")  # a width of four digits, or one that comes from an argument
 
@@ -142,12 +146,21 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
         return limited_format
 
-    def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        owner = getattr(__function, "__self__", None)
-        if isinstance(owner, str):
-            args = tuple(list(__self._counted(arg)) if isinstance(arg, Iterator) else arg for arg in args)
-            __self.spend(__self._cost_of_string_method(owner, __function.__name__, args))
-        return super().call(__context, __function, *args, **kwargs)
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        owner = getattr(function, "__self__", None)
+        if owner is not self and not isinstance(function, Macro):  # macros only bind their arguments
+            args = tuple(list(self._counted(arg)) if isinstance(arg, Iterator) else arg for arg in args)
+            self._size_of([args, kwargs])
+            if isinstance(owner, str):
+                self.spend(self._cost_of_string_method(owner, function.__name__, args))
+            elif isinstance(owner, (list, tuple)):
+                self._size_of(owner)  # index and count compare with every item
+        return super().call(context, function, *args, **kwargs)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(argument, tuple):  # hashing a tuple reads all of it
+            self._size_of(argument)
+        return super().getitem(obj, argument)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
@@ -269,6 +282,11 @@ class _InsertLimits(NodeTransformer):
         self.generic_visit(node)
         return _ask("concatenate", *node.nodes)
 
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
+        self.generic_visit(node)
+        node.key = _measured(node.key)
+        return node
+
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
         self.generic_visit(node)
         node.expr = _measured(node.expr)
@@ -285,7 +303,7 @@ class _InsertLimits(NodeTransformer):
 class _GenerationTag(Extension):
     """`{% generation %}` marks the assistant's text for training; when serving, its body is printed as it is."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (declared by Jinja)
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -307,7 +325,7 @@ def _length(value: Any) -> int:
     return 8 * len(value) if isinstance(value, (list, tuple, dict, range)) else 0
 
 
-def _bits(number: int | float) -> int:
+def _bits(number: float) -> int:
     return number.bit_length() if isinstance(number, int) else 64
 
 
@@ -341,9 +359,7 @@ def _round(value: Any, precision: int = 0, method: str = "common") -> Any:
     return getattr(math, method)(value * 10**precision) / 10**precision
 
 
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
+def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
     """Plain JSON: Jinja's own filter escapes HTML and non-ASCII text, which models were not trained on."""
     _check_widths([indent])
     if isinstance(indent, str) and len(indent) > MAX_WIDTH:

@@ -46,7 +46,9 @@ class TextStreams:
 class _TokenTable(dict):
     """Token id -> what it contributes; filled as tokens appear. None: nothing, as if the token were not there."""
 
-    def __init__(self, id_to_token: Callable[[int], str | None], content_of_token: Callable[[str], Any], skipped: Collection[int]):
+    def __init__(
+        self, id_to_token: Callable[[int], str | None], content_of_token: Callable[[str], Any], skipped: Collection[int]
+    ):
         super().__init__(dict.fromkeys(skipped))
         self._id_to_token = id_to_token
         self._content_of_token = content_of_token
@@ -65,8 +67,9 @@ class _ByteLevel:
 
     def content_of_token(self, token: str) -> bytes:
         """A token with any character outside the alphabet is an added one and stands for itself."""
-        values = [self._byte_of_character.get(character) for character in token]
-        return token.encode() if None in values else bytes(values)
+        if not self._byte_of_character.keys() >= set(token):
+            return token.encode()
+        return bytes(map(self._byte_of_character.__getitem__, token))
 
     def open(self, table: _TokenTable) -> TextStream:
         return _ByteLevelStream(table)
@@ -173,7 +176,9 @@ def _read_decoder(backend: tokenizers.Tokenizer) -> _ByteLevel | _Pieces:
         while position < len(order) and order[position] != step["type"]:
             position += 1
         if position == len(order) or not _apply(step, rules, "Fuse" in kinds):
-            raise UnsupportedTokenizer(f"the decoder {' + '.join(kinds)} of this tokenizer is not implemented: {json.dumps(step)}")
+            raise UnsupportedTokenizer(
+                f"the decoder {' + '.join(kinds)} of this tokenizer is not implemented: {json.dumps(step)}"
+            )
     return rules
 
 

@@ -168,8 +168,9 @@ def _compare_flags(backend: tokenizers.Tokenizer, config: Mapping[str, Any], nam
 
 def _end_token_ids(folder: Path, backend: tokenizers.Tokenizer, named_tokens: Mapping[str, str]) -> frozenset[int]:
     token_ids = set(_generation_ids(folder, "eos"))
-    if "eos_token" in named_tokens:
-        token_ids.add(backend.token_to_id(named_tokens["eos_token"]))
+    eos_token_id = backend.token_to_id(named_tokens.get("eos_token", ""))
+    if eos_token_id is not None:
+        token_ids.add(eos_token_id)
     return frozenset(token_ids)
 
 

@@ -22,8 +22,7 @@ def render(source, messages=USER, **options):
 HONEST = [
     "{% for m in messages %}{{ '<|' ~ m['role'] + '|>' }}{{ m.content | trim }}\n{% endfor %}",
     "{%- for m in messages -%}\n  {%- if loop.first and m.role != 'system' %}\n    first\n  {% endif %}\n{%- endfor %}",
-    "{% set ns = namespace(found=false) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.found = true %}{% endif %}"
-    "{% endfor %}{{ ns.found }}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.n = 1 %}{% endif %}{% endfor %}{{ ns.n }}",
     "{{ messages | tojson }}{{ {'a': '<é>'} | tojson(indent=4) }}{{ {'b': 1, 'a': 2} | tojson(sort_keys=true) }}",
     "{% for m in messages if m.role != 'user' %}{{ loop.index0 }}{{ loop.last }}{% else %}none{% endfor %}",
     "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
@@ -62,6 +61,7 @@ def test_renders_like_transformers(source):
 GROW = "{% for i in range(60) %}{% set ns.s = #STEP %}{% endfor %}"
 LISTS = "{% set ns = namespace(s=['a'], t=['a']) %}" + GROW.replace("#STEP", "[ns.s, ns.s]")
 LISTS_TWICE = LISTS + GROW.replace("ns.s =", "ns.t =").replace("#STEP", "[ns.t, ns.t]")
+TUPLES = "{% set ns = namespace(s=(1, 2)) %}" + GROW.replace("#STEP", "(ns.s, ns.s)")
 HOSTILE = [
     "{{ ''.__class__ }}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -114,6 +114,13 @@ HOSTILE = [
     LISTS_TWICE + "{{ [ns.s, ns.t] | sort }}",
     LISTS_TWICE + "{{ [ns.s].index(ns.t) }}",
     LISTS_TWICE + "{{ [ns.s, ns.t] | map('string') | list }}",
+    LISTS_TWICE + "{{ [ns.s].count(ns.t) }}",
+    LISTS_TWICE + "{% for x in [ns.s, ns.t] %}{{ loop.changed(x) }}{% endfor %}",
+    TUPLES + "{{ {ns.s: 1} | length }}",
+    TUPLES + "{{ {}[ns.s] }}",
+    TUPLES + "{{ {}.get(ns.s) }}",
+    TUPLES + "{{ dict([(ns.s, 1)]) | length }}",
+    TUPLES + "{{ ns.s in {} }}",
     "{{ 'a'.center(10**9) }}",
     "{{ 'a'.ljust(10**9) }}",
     "{{ '\t'.expandtabs(10**9) }}",
@@ -178,7 +185,8 @@ def test_threads_have_separate_budgets():
     template = ChatTemplate("{% for i in range(n) %}{{ i }}{% endfor %}", max_seconds=1.0)
     results = []
     threads = [
-        threading.Thread(target=lambda n=n: results.append(len(template.render(USER, variables={"n": n})))) for n in range(100, 108)
+        threading.Thread(target=lambda n=n: results.append(len(template.render(USER, variables={"n": n}))))
+        for n in range(100, 108)
     ]
     for thread in threads:
         thread.start()
@@ -219,7 +227,10 @@ def test_errors_speak_the_language_of_the_template():
         ([{"role": "user", "content": None}], r"messages\[0\]\.content"),
         ([{"role": "assistant", "content": None, "tool_calls": []}], r"messages\[0\]\.content"),
         ([{"role": "user", "content": 3}], r"messages\[0\]\.content"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], r"messages\[0\]\.content\[0\] is of type 'image_url'"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            r"messages\[0\]\.content\[0\] is of type 'image_url'",
+        ),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\.content\[0\]"),
         ([{"role": "user", "content": ["x"]}], r"messages\[0\]\.content\[0\]"),
         ([{"role": "user", "content": "x", "extra": object()}], r"messages\[0\] holds a object"),
@@ -261,7 +272,9 @@ def test_variables_reach_the_template_but_not_over_the_reserved_ones():
 CONTINUE = "{% for m in messages %}[{{ m.role }}]{{ m.content#FILTER }}<end>\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
-@pytest.mark.parametrize(("filters", "expected"), [("", "[user]hi<end>\n[assistant]so  "), (" | trim", "[user]hi<end>\n[assistant]so")])
+@pytest.mark.parametrize(
+    ("filters", "expected"), [("", "[user]hi<end>\n[assistant]so  "), (" | trim", "[user]hi<end>\n[assistant]so")]
+)
 def test_the_final_message_can_be_continued(filters, expected):
     chat = [*USER, {"role": "assistant", "content": "so  "}]
     source = CONTINUE.replace("#FILTER", filters)

@@ -244,7 +244,9 @@ def test_a_folder_without_tokenizer_json_says_what_it_found(tmp_path):
         Tokenizer.from_folder(tmp_path / "missing")
 
 
-@pytest.mark.parametrize("name", ["tokenizer__json", "tokenizer_config__json", "special_tokens_map__json", "generation_config__json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer__json", "tokenizer_config__json", "special_tokens_map__json", "generation_config__json"]
+)
 @pytest.mark.parametrize("content", ["{", "[1]", "\x00"])
 def test_malformed_files_are_named(tmp_path, name, content):
     backend = None if name == "tokenizer__json" else byte_level_backend()
@@ -275,7 +277,9 @@ def test_chat_templates_are_found_in_all_places(tmp_path):
     backend = byte_level_backend()
 
     def rendered(name, config, tools=None, **files):
-        return Tokenizer.from_folder(write_folder(tmp_path / name, backend, config, **files)).apply_chat_template(chat, tools=tools)
+        return Tokenizer.from_folder(write_folder(tmp_path / name, backend, config, **files)).apply_chat_template(
+            chat, tools=tools
+        )
 
     assert rendered("a", {"chat_template": "A{{ eos_token }}", "eos_token": "</s>"}) == "A</s>"
     assert rendered("b", {"chat_template": "A"}, chat_template__jinja="B") == "B"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import random
 import time
 from pathlib import Path
@@ -139,10 +140,11 @@ def sentencepiece_metadata(seed=0, **changes):
 def merge_slowly(text, metadata):
     """SentencePiece by its definition: join the two neighbours whose union scores best, the leftmost of equals."""
     tokens = metadata["tokenizer.ggml.tokens"]
-    score = {t: s for t, s, k in zip(tokens, metadata["tokenizer.ggml.scores"], metadata["tokenizer.ggml.token_type"]) if k == 1}
+    columns = tokens, metadata["tokenizer.ggml.scores"], metadata["tokenizer.ggml.token_type"]
+    score = {token: value for token, value, kind in zip(*columns, strict=True) if kind == 1}
     parts = list(text.replace(" ", "▁"))
     while True:
-        options = [(-score[a + b], index) for index, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in score]
+        options = [(-score[a + b], index) for index, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in score]
         if not options:
             break
         index = min(options)[1]
@@ -167,7 +169,11 @@ def test_sentencepiece_adds_bos_and_a_space_unless_told_otherwise():
     tokenizer = Tokenizer.from_gguf(sentencepiece_metadata())
     assert tokenizer.encode("ab")[0] == 1
     assert tokenizer.decode(tokenizer.encode("ab")) == "ab"
-    changes = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.add_space_prefix": False}
+    changes = {
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": True,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
     tokenizer = Tokenizer.from_gguf(sentencepiece_metadata(**changes))
     token_ids = tokenizer.encode("ab")
     assert [tokenizer.id_to_token(token_id) for token_id in token_ids] == ["ab", "</s>"]

@@ -96,7 +96,8 @@ class IncrementalDetokenizer:
 
     def append(self, token_ids: Sequence[int]) -> str:
         """Take the next tokens. After a stop string nothing is released any more."""
-        if self._stops is None:
+        stops = self._stops
+        if stops is None:
             self.num_tokens += len(token_ids)
             return self._release(self._stream.push(token_ids))
         pieces = []
@@ -104,7 +105,7 @@ class IncrementalDetokenizer:
             if self.stop_string is not None:
                 break
             self.num_tokens += 1
-            pieces.append(self._scan(self._stream.push((token_id,))))
+            pieces.append(self._scan(stops, self._stream.push((token_id,))))
         return self._release("".join(pieces))
 
     def finish(self) -> str:
@@ -113,7 +114,7 @@ class IncrementalDetokenizer:
             return ""
         rest = self._stream.finish()
         if self._stops is not None:
-            rest = self._scan(rest)
+            rest = self._scan(self._stops, rest)
             rest, self._held = rest + self._held, ""
         return self._release(rest)
 
@@ -122,14 +123,15 @@ class IncrementalDetokenizer:
             self._released.append(text)
         return text
 
-    def _scan(self, text: str) -> str:
+    def _scan(self, stops: StopStrings, text: str) -> str:
         """Read new text; return what can be released, and keep the rest in `_held`."""
-        stops, state = self._stops, self._state
+        state = self._state
         may_stop = self.num_tokens >= self._min_tokens
         for index, character in enumerate(text):
             state = stops.advance(state, character)
-            if may_stop and stops.completed(state) is not None:
-                return self._stop(stops.completed(state), self._held + text[: index + 1])
+            completed = stops.completed(state) if may_stop else None
+            if completed is not None:
+                return self._stop(completed, self._held + text[: index + 1])
         self._state = state
         text = self._held + text
         cut = len(text) - stops.depth[state]

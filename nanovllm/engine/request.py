@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nanovllm.engine.detokenizer import IncrementalDetokenizer
+from nanovllm.engine.detokenizer import IncrementalDetokenizer, StopStrings
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, GenerationOutput, RequestMetrics
 from nanovllm.sampling_params import SamplingParams
@@ -30,7 +30,10 @@ class Request:
         completions = [CompletionOutput(index, logprobs=[] if params.logprobs is not None else None) for index in range(params.n)]
         metrics = RequestMetrics(first.arrival_time, num_prompt_tokens=first.num_prompt_tokens)
         output = GenerationOutput(first.request_id, prompt, list(first.token_ids), completions, metrics)
-        detokenizers = [IncrementalDetokenizer(tokenizer, params) for _ in sequences] if tokenizer else []
+        detokenizers = []
+        if tokenizer is not None:
+            stop_strings = StopStrings(params.stop)
+            detokenizers = [IncrementalDetokenizer(tokenizer, params, stop_strings) for _ in sequences]
         return cls(sequences, output, detokenizers, len(sequences))
 
     def grow(self, sequence: Sequence) -> str | None:

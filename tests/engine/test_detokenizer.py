@@ -85,7 +85,9 @@ def first_completed(text: str, stops: list[str], searched_from: int) -> tuple[in
 @given(
     data=st.data(),
     token_ids=st.lists(st.one_of(st.integers(0, 14), st.just(END)), max_size=30),
-    stops=st.lists(st.one_of(st.text("ab ", min_size=1, max_size=6), st.sampled_from(["中", "国a", "\ufffd"])), min_size=1, max_size=4),
+    stops=st.lists(
+        st.one_of(st.text("ab ", min_size=1, max_size=6), st.sampled_from(["中", "国a", "\ufffd"])), min_size=1, max_size=4
+    ),
     min_tokens=st.integers(0, 12),
     includes=st.booleans(),
 )

@@ -1,0 +1,66 @@
+"""nano-vllm's benchmark: 256 requests of random tokens, prompts and outputs of 100 to 1,024 tokens, seed 0.
+
+    python bench.py                         # the embedded model, scaled to a CPU: 16 requests, lengths / 8
+    python bench.py --model DIR --full      # as the original
+    python bench.py --requests 64 --divide-lengths 4 --record my-machine
+
+Prints what was *produced*, never what was asked for. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from random import randint, seed
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.bench.record import write_record
+
+
+def make_workload(num_requests: int, divide: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """The seeds' order of random calls: all prompts first, then all output lengths."""
+    seed(0)
+    longest = max(1024 // divide, 2)
+    prompts = [[randint(0, 10000) for _ in range(randint(max(100 // divide, 1), longest))] for _ in range(num_requests)]
+    lengths = [randint(max(100 // divide, 1), longest) for _ in range(num_requests)]
+    return prompts, [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length) for length in lengths]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder, file or hub id; default: the embedded model")
+    parser.add_argument("--full", action="store_true", help="256 requests at full length")
+    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--divide-lengths", type=int, default=8)
+    parser.add_argument("--record", metavar="NAME", help="also write benchmarks/records/<date>-NAME.json")
+    arguments = parser.parse_args()
+    num_requests, divide = (256, 1) if arguments.full else (arguments.requests, arguments.divide_lengths)
+
+    start = time.perf_counter()
+    llm = LLM(arguments.model)
+    startup_s = time.perf_counter() - start
+    print(llm.memory_plan.describe())
+    prompts, params = make_workload(num_requests, divide)
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4), use_tqdm=False)  # warm up
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, params)
+    seconds = time.perf_counter() - start
+
+    result = {
+        "requests": num_requests,
+        "prompt_tokens": sum(map(len, prompts)),
+        "output_tokens": sum(len(output.token_ids) for output in outputs),
+        "seconds": round(seconds, 3),
+        "output_tokens_per_s": round(sum(len(output.token_ids) for output in outputs) / seconds, 1),
+        "startup_s": round(startup_s, 2),
+        "model": llm.spec.architecture,
+        "dtype": llm.config.dtype,
+    }
+    if arguments.record:
+        result["record"] = str(write_record(arguments.record, workload={"seed": 0, "divide_lengths": divide}, result=result))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The command line: `nanovllm generate | chat | env`. Options are generated from `EngineConfig` and `SamplingParams`.
+
+    nanovllm generate "The capital of France is" --max-tokens 20
+    nanovllm chat --model Qwen/Qwen3-0.6B
+    nanovllm env
+
+The help text of an option is the comment on its field: one place says what an option means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import platform
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+from nanovllm.config import EngineConfig
+from nanovllm.errors import NanoVllmError
+from nanovllm.log import configure_logging
+from nanovllm.sampling_params import SamplingParams
+
+CLI_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty", "ignore_eos", "n")
+LIBRARIES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub", "xxhash", "transformers", "modelscope")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 1 after an error that was explained on standard error."""
+    arguments = build_parser().parse_args(argv)
+    configure_logging(arguments.log_level)
+    try:
+        return arguments.run(arguments)
+    except NanoVllmError as error:
+        print(f"nanovllm: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nanovllm", description="An LLM inference engine that a person reads in an evening.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    generate = _add_command(commands, "generate", run_generate, "complete prompts")
+    generate.add_argument("prompts", nargs="*", help="texts to complete; none: one per line from standard input")
+    generate.add_argument("--stop", action="append", default=[], help="a string that ends the text; may be repeated")
+    chat = _add_command(commands, "chat", run_chat, "talk to a model in the terminal")
+    chat.add_argument("--system", help="system message")
+    for command in (generate, chat):
+        _add_fields(command.add_argument_group("engine"), EngineConfig)
+        _add_fields(command.add_argument_group("sampling"), SamplingParams, CLI_SAMPLING)
+    _add_command(commands, "env", run_env, "print versions, devices and what would be used")
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], help_text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help_text, description=help_text)
+    command.add_argument("--log-level", default="WARNING", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
+    command.set_defaults(run=run)
+    return command
+
+
+# --- options from dataclass fields
+
+
+def _add_fields(group: Any, owner: type, names: Sequence[str] | None = None) -> None:
+    """One option per field; only those that the user gives end up in the namespace."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), re.MULTILINE))
+    for field in dataclasses.fields(owner):
+        if names is not None and field.name not in names:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        text = f"{comments.get(field.name, '')} (default: {field.default})".strip().replace("%", "%%")
+        kind = _kind_of(str(field.type))
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
+
+
+def _kind_of(annotation: str) -> type:
+    """The first plain type of an annotation such as "int | None"."""
+    return {"bool": bool, "int": int, "float": float}.get(annotation.split(" |")[0], str)
+
+
+def _chosen(arguments: argparse.Namespace, owner: type) -> dict[str, Any]:
+    return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(owner) if hasattr(arguments, field.name)}
+
+
+# --- commands
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    from nanovllm.llm import LLM
+
+    chosen = _chosen(arguments, SamplingParams)
+    params = SamplingParams(**{**chosen, "stop": arguments.stop})
+    prompts = arguments.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    with LLM(**_chosen(arguments, EngineConfig)) as llm:
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=len(prompts) > 1)
+        seconds = time.perf_counter() - start
+    for output in outputs:
+        for completion in output.completions:
+            print(f"{output.prompt}{completion.text}")
+    num_tokens = sum(output.metrics.num_generated_tokens for output in outputs)
+    print(f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:.0f} tokens/s", file=sys.stderr)
+    return 0
+
+
+def run_chat(arguments: argparse.Namespace) -> int:
+    from nanovllm.llm import LLM
+
+    print("loading ...", end="\r", file=sys.stderr)
+    with LLM(**_chosen(arguments, EngineConfig)) as llm:
+        params = SamplingParams(**{"max_tokens": None, **_chosen(arguments, SamplingParams)})
+        print("/reset starts over, /exit or end of file leaves, Ctrl-C stops an answer.", file=sys.stderr)
+        system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+        messages = list(system)
+        for line in _lines("you> "):
+            if line in ("/exit", "/quit"):
+                break
+            if line == "/reset":
+                messages = list(system)
+                print("(new conversation)", file=sys.stderr)
+            elif line:
+                messages = _answer(llm, messages, line, params)
+    return 0
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    while True:
+        try:
+            yield input(prompt).strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+def _answer(llm: Any, messages: list[dict[str, Any]], line: str, params: SamplingParams) -> list[dict[str, Any]]:
+    """Stream one answer; returns the conversation with it. A refused turn leaves the conversation as it was."""
+    asked = [*messages, {"role": "user", "content": line}]
+    pieces: list[str] = []
+    start, num_tokens = time.perf_counter(), 0
+    try:
+        deltas = llm.stream(llm.apply_chat_template(asked), params)
+        with _interrupt_flag() as interrupted:
+            for delta in deltas:
+                pieces.append(delta.text)
+                num_tokens += len(delta.token_ids)
+                print(delta.text, end="", flush=True)
+                if interrupted.is_set():
+                    deltas.close()
+                    break
+    except NanoVllmError as error:
+        print(f"{type(error).__name__}: {error}  (/reset starts over)", file=sys.stderr)
+        return messages
+    rate = num_tokens / (time.perf_counter() - start)
+    print(f"\n({num_tokens} tokens, {rate:.0f} tokens/s)", file=sys.stderr)
+    return [*asked, {"role": "assistant", "content": "".join(pieces)}]
+
+
+@contextmanager
+def _interrupt_flag() -> Iterator[threading.Event]:
+    """Ctrl-C sets a flag that is looked at between steps: a step is never cut in half."""
+    flag = threading.Event()
+    previous = signal.signal(signal.SIGINT, lambda *_: flag.set())
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def run_env(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from nanovllm.errors import ModelNotFound
+    from nanovllm.loaders.checkpoint import find_demo
+    from nanovllm.platforms.base import select_platform
+
+    device = select_platform("auto")
+    device.prepare(None)
+    memory = device.memory()
+    rows = [
+        ("nanovllm", metadata.version("nanovllm")),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        *((name, _version(name)) for name in LIBRARIES),
+        ("device", device.describe()),
+        ("memory", f"{memory.free / 2**30:.1f} GiB free of {memory.total / 2**30:.1f} GiB"),
+        ("dtype", f"{str(device.default_dtype()).removeprefix('torch.')} (dtype='auto')"),
+        ("attention", "torch (the only backend so far)"),
+        ("repacked weights", "yes (oneDNN)" if device.device.type == "cpu" and torch.backends.mkldnn.is_available() else "no"),
+    ]
+    try:
+        rows.append(("default model", str(find_demo())))
+    except ModelNotFound as error:
+        rows.append(("default model", f"missing: {error}"))
+    for name, value in rows:
+        print(f"{name:<18}{value}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
