@@ -1,8 +1,8 @@
 """LLM: the Python face. Builds an engine from options, and speaks prompts and messages.
 
-    from nanovllm import LLM, SamplingParams
-    llm = LLM()                                     # the embedded default model; or a folder, file or hub id
-    print(llm.generate(["Hello"], SamplingParams(max_tokens=20))[0].text)
+from nanovllm import LLM, SamplingParams
+llm = LLM()                                     # the embedded default model; or a folder, file or hub id
+print(llm.generate(["Hello"], SamplingParams(max_tokens=20))[0].text)
 """
 
 from __future__ import annotations
@@ -227,5 +227,6 @@ def resolve(config: EngineConfig, platform: Platform, spec: ModelSpec) -> tuple[
         max_default_kv=platform.max_default_kv_bytes(),
     )
     if config.max_model_len is None and plan.max_model_len < spec.max_position:
-        logger.info("max_model_len is %d, not the model's %d: that is what the cache holds", plan.max_model_len, spec.max_position)
+        held, allowed = plan.max_model_len, spec.max_position
+        logger.info("max_model_len is %d, not the model's %d: that is what the cache holds", held, allowed)
     return config.with_changes(max_model_len=plan.max_model_len), plan, dtype

@@ -161,7 +161,8 @@ def _compare_flags(backend: tokenizers.Tokenizer, config: Mapping[str, Any], nam
         does_add = backend.token_to_id(named_tokens[name]) in surrounding
         if does_add != bool(wanted):
             logger.warning(
-                "tokenizer_config.json says add_%s=%s, but by tokenizer.json %r is %s; tokenizer.json is followed, as in Transformers 5",
+                "tokenizer_config.json says add_%s=%s, but by tokenizer.json %r is %s; tokenizer.json is followed, "
+                "as in Transformers 5",
                 *(name, wanted, named_tokens[name], "added" if does_add else "not added"),
             )
 

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from nanovllm.errors import InvalidChatTemplate, InvalidCheckpoint, InvalidPrompt, ModelNotFound, UnsupportedTokenizer

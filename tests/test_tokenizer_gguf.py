@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from nanovllm.errors import InvalidCheckpoint, UnsupportedTokenizer
 from nanovllm.tokenizer import Tokenizer

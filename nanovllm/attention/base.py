@@ -66,5 +66,3 @@ class AttentionBackend(Protocol):
     def copy_blocks(self, kv_cache: Tensor, sources: Tensor, destinations: Tensor) -> None:
         """Copy whole blocks within the cache (copy-on-write); sources, destinations: [n] int64."""
         ...
-
-

@@ -60,7 +60,7 @@ class ScheduledBatch:
     rows: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    sampled_chunks: list[int] = field(default_factory=list)  # indices of chunks that reach their sequence's end: they draw a token
+    sampled_chunks: list[int] = field(default_factory=list)  # chunks that reach their sequence's end: they draw a token
     seats: list[Seat] = field(default_factory=list)
     block_updates: list[BlockUpdate] = field(default_factory=list)
     block_copies: list[BlockCopy] = field(default_factory=list)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from nanovllm.engine.detokenizer import IncrementalDetokenizer, StopStrings
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, GenerationOutput, RequestMetrics
-from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer import Tokenizer
 
 

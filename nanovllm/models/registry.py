@@ -19,9 +19,8 @@ FAMILIES = {
 def find_family(architecture: str) -> type[Decoder]:
     """The model class of a checkpoint's architecture, imported on demand."""
     if architecture not in FAMILIES:
-        raise UnsupportedArchitecture(
-            f"architecture {architecture!r} is not implemented{did_you_mean(architecture, FAMILIES)} (known: {', '.join(FAMILIES)})"
-        )
+        hint = f"{did_you_mean(architecture, FAMILIES)} (known: {', '.join(FAMILIES)})"
+        raise UnsupportedArchitecture(f"architecture {architecture!r} is not implemented{hint}")
     return getattr(importlib.import_module(FAMILIES[architecture]), architecture)
 
 

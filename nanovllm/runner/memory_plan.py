@@ -50,7 +50,14 @@ class MemoryPlan:
 
 
 def plan_memory(
-    spec: ModelSpec, config: EngineConfig, *, bytes_per_value: int, total: int, free: int, share: float, max_default_kv: int | None
+    spec: ModelSpec,
+    config: EngineConfig,
+    *,
+    bytes_per_value: int,
+    total: int,
+    free: int,
+    share: float,
+    max_default_kv: int | None,
 ) -> MemoryPlan:
     """Divide the budget; `config` has its token budget decided. Raises `NotEnoughMemory` naming what would help."""
     budget = min(int(total * share), free)

@@ -14,7 +14,9 @@ from nanovllm.engine.sequence import Sequence
 
 def make_sequence(token_ids: list[int], salt: str = "", **params) -> Sequence:
     sampling = RowSampling(greedy(**params), 0, (), (), len(token_ids))
-    return Sequence(0, "r", 0, len(token_ids), len(token_ids) + 8, sampling, frozenset(), cache_salt=salt, token_ids=list(token_ids))
+    return Sequence(
+        0, "r", 0, len(token_ids), len(token_ids) + 8, sampling, frozenset(), cache_salt=salt, token_ids=list(token_ids)
+    )
 
 
 def fill(blocks: BlockManager, sequence: Sequence) -> None:
@@ -80,7 +82,9 @@ def test_switched_off_nothing_is_found():
     assert blocks.match_prefix(make_sequence(list(range(9)))).num_blocks == 0
 
 
-@pytest.mark.parametrize("hash_function", [lambda previous, data: 1, lambda previous, data: sum(data) % 3], ids=["constant", "weak"])
+@pytest.mark.parametrize(
+    "hash_function", [lambda previous, data: 1, lambda previous, data: sum(data) % 3], ids=["constant", "weak"]
+)
 def test_a_hash_collision_allocates_a_new_block(hash_function):
     blocks = BlockManager(16, 4, hash_function=hash_function)
     first, second = make_sequence([1, 2, 3, 4, 9]), make_sequence([4, 3, 2, 1, 9])  # equal sums

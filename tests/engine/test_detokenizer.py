@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, decoders, models
 
 from nanovllm.engine.detokenizer import IncrementalDetokenizer, StopStrings

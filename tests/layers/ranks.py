@@ -144,7 +144,11 @@ def run_model(spec: ModelSpec, group: ParallelGroup) -> dict[str, Tensor]:
     tokens = [runner.run(batch).result().token_ids for batch in batches]
     everything = torch.cat(hidden)
     with torch.inference_mode():
-        return {"hidden": everything, "logits": model.compute_logits(everything), "tokens": torch.tensor(sum(tokens, []))}
+        return {
+            "hidden": everything,
+            "logits": model.compute_logits(everything),
+            "tokens": torch.tensor([row for step in tokens for row in step]),
+        }
 
 
 def run_everything(group: ParallelGroup) -> dict[str, Tensor]:

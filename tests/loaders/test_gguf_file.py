@@ -9,8 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from nanovllm.errors import InvalidCheckpoint, ModelError, ModelNotFound
 from nanovllm.loaders.checkpoint import Checkpoint, open_checkpoint

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nanovllm.attention.base import AttentionSpec
 from nanovllm.attention.torch_reference import TorchAttention
-from nanovllm.engine.batch import BlockCopy, BlockUpdate, RowSampling, ScheduledBatch, Seat, StepResult
+from nanovllm.engine.batch import BlockUpdate, RowSampling, ScheduledBatch, Seat, StepResult
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.loaders.checkpoint import open_checkpoint
 from nanovllm.loaders.load import load_weights
@@ -143,24 +143,28 @@ class Driver:
         self.result: StepResult | None = None
         self._hidden: list[Tensor] = []
         self._num_steps = 0
-        self._news: dict[str, list[Any]] = {"seats": [], "block_updates": [], "block_copies": []}
+        self._news: dict[str, list[Any]] = {"seats": [], "block_updates": []}
         model.register_forward_hook(lambda module, inputs, output: self._hidden.append(output))
 
-    def seat(self, row: int, token_ids: Sequence[int], block_ids: Sequence[int], params: SamplingParams = GREEDY) -> None:
+    def seat(
+        self,
+        row: int,
+        token_ids: Sequence[int],
+        block_ids: Sequence[int],
+        params: SamplingParams = GREEDY,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
         """Goes down with the next step."""
-        sampling = RowSampling(params, 0, (), (), len(token_ids))
+        sampling = RowSampling(params, 0, (), (), num_prompt_tokens or len(token_ids))
         self._news["seats"].append(Seat(row, list(token_ids), sampling))
         self._news["block_updates"].append(BlockUpdate(row, 0, list(block_ids)))
-
-    def copy_block(self, source: int, destination: int) -> None:
-        self._news["block_copies"].append(BlockCopy(source, destination))
 
     def step(self, *chunks: Chunk | tuple[int, int, int], sampled: Sequence[int] = ()) -> list[Tensor]:
         """The logits of each chunk, [length, vocab_size]; `sampled` chunks draw a token as well."""
         rows, starts, lengths = (list(column) for column in zip(*chunks, strict=True))
         batch = ScheduledBatch(self._num_steps, rows, starts, lengths, list(sampled), **self._news)
         self._num_steps += 1
-        self._news = {"seats": [], "block_updates": [], "block_copies": []}
+        self._news = {"seats": [], "block_updates": []}
         self.result = self.runner.run(batch).result()
         with torch.inference_mode():
             logits = self.model.compute_logits(self._hidden[-1])

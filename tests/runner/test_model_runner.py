@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from models.toys import GREEDY, Driver, Toy, load_toy, make_runner, make_toy
+from models.toys import GREEDY, Driver, Toy, load_toy, make_toy
 
 from nanovllm.engine import model_runner
 from nanovllm.engine.batch import BlockCopy, BlockUpdate, RowSampling, ScheduledBatch, Seat
@@ -145,23 +145,18 @@ class TestPromptLogprobs:
     def test_stop_at_the_prompt_even_when_generated_tokens_are_recomputed(self):
         """After a preemption the seat brings generated tokens along; they are no part of the prompt."""
         run = driver()
-        run.seat(0, [*PROMPT[:10], 3, 4], [0, 1, 2])
-        run._news["seats"][0] = Seat(
-            0, [*PROMPT[:10], 3, 4], RowSampling(SamplingParams(temperature=0, prompt_logprobs=0), 0, (), (), 10)
-        )
+        params = SamplingParams(temperature=0, prompt_logprobs=0)
+        run.seat(0, [*PROMPT[:10], 3, 4], [0, 1, 2, 3], params, num_prompt_tokens=10)
         run.step((0, 0, 12), sampled=[0])
         assert [scores.chosen.token_id for scores in run.result.prompt_logprobs[0]] == PROMPT[1:10]
         run.step((0, 12, 1), sampled=[0])
         assert not run.result.prompt_logprobs.get(0)
 
 
-def test_a_bfloat16_model_keeps_its_cache_in_bfloat16_and_draws_tokens():
-    model = load_toy(toy().folder, torch.bfloat16)
-    runner = make_runner(model)
-    assert all(cache.dtype == torch.bfloat16 for cache in runner.kv_caches)
-    run = Driver(model)
+def test_a_bfloat16_model_keeps_its_cache_in_bfloat16():
+    run = Driver(load_toy(toy().folder, torch.bfloat16))
     run.seat(0, PROMPT, list(range(11)))
-    run.step((0, 0, 40), sampled=[0])
-    run.step((0, 40, 1), sampled=[0])
-    best = toy().logits(PROMPT)[-1].topk(5).indices.tolist()
-    assert 0 <= run.result.token_ids[0][0] < 97 and best
+    run.step((0, 0, 39))
+    run.step((0, 39, 1), sampled=[0])
+    assert all(cache.dtype == torch.bfloat16 for cache in run.runner.kv_caches)
+    assert run.result.token_ids[0][0] in toy().logits(PROMPT)[-1].topk(3).indices

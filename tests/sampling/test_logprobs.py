@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nanovllm.sampling.logprobs import prompt_logprobs
 from nanovllm.engine.batch import RowSampling
+from nanovllm.sampling.logprobs import prompt_logprobs
 from nanovllm.sampling.sampler import SampledTokens
 
 VOCAB_SIZE = 203

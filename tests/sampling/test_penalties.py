@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from nanovllm.sampling.penalties import FORBIDDEN, EditedRow, apply_edits, build_edits, edits_logits
 from nanovllm.engine.batch import RowSampling
+from nanovllm.sampling.penalties import FORBIDDEN, EditedRow, apply_edits, build_edits, edits_logits
 from nanovllm.sampling_params import SamplingParams
 
 VOCAB_SIZE = 11

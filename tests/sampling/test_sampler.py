@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from nanovllm.sampling import gumbel
 from nanovllm.engine.batch import RowSampling
+from nanovllm.sampling import gumbel
 from nanovllm.sampling.sampler import SampledTokens, Sampler
 from nanovllm.sampling_params import SamplingParams
 
