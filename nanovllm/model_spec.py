@@ -167,18 +167,19 @@ def read_architecture(reader: ConfigReader) -> str:
 
 def read_rope_spec(reader: ConfigReader, max_position: int) -> RopeSpec:
     """`rope_parameters` (Transformers 5) or `rope_theta` with `rope_scaling` (before). Unknown kinds are refused."""
-    parameters = dict(reader.get("rope_scaling", dict, {}))
-    parameters.update(reader.get("rope_parameters", dict, {}))
-    rope = ConfigReader(parameters, f"{reader.source}: rope scaling")
+    rope = ConfigReader(_merge_rope_parameters(reader), f"{reader.source}: rope scaling")
     theta = rope.get("rope_theta", float, reader.get("rope_theta", float, 10000.0))
     if theta <= 0:
         raise UnsupportedConfigValue(f"{rope.source}: rope_theta={theta} must be positive")
-    kind = rope.config.get("rope_type", rope.config.get("type", "default"))
     rope.expect("partial_rotary_factor", 1.0)
-    if kind in ("default", None):
+    kind = rope.config.get("rope_type") or "default"
+    if kind == "default":
         return RopeSpec(theta=theta)
+    if kind not in ("linear", "llama3", "yarn"):
+        raise UnsupportedConfigValue(f"{rope.source}: rope_type={kind!r} is not implemented (only linear, llama3 and yarn are)")
     factor = rope.require("factor", float)
     original = rope.get("original_max_position_embeddings", int, max_position)
+    original = reader.get("original_max_position_embeddings", int, original)
     if factor <= 0 or original <= 0:
         raise UnsupportedConfigValue(
             f"{rope.source}: factor={factor} and original_max_position_embeddings={original} must be positive"
@@ -190,17 +191,28 @@ def read_rope_spec(reader: ConfigReader, max_position: int) -> RopeSpec:
         if low >= high:
             raise UnsupportedConfigValue(f"{rope.source}: low_freq_factor={low} must be below high_freq_factor={high}")
         return RopeSpec(theta, "llama3", factor, original, low_freq_factor=low, high_freq_factor=high)
-    if kind == "yarn":
-        rope.expect("mscale")
-        rope.expect("mscale_all_dim")
-        return RopeSpec(
-            theta,
-            "yarn",
-            factor,
-            original,
-            beta_fast=rope.get("beta_fast", float, 32.0),
-            beta_slow=rope.get("beta_slow", float, 1.0),
-            attention_factor=rope.get("attention_factor", float, None),
-            truncate=rope.get("truncate", bool, True),
-        )
-    raise UnsupportedConfigValue(f"{rope.source}: rope_type={kind!r} is not implemented (only linear, llama3 and yarn are)")
+    rope.expect("mscale")
+    rope.expect("mscale_all_dim")
+    return RopeSpec(
+        theta,
+        "yarn",
+        factor,
+        original,
+        beta_fast=rope.get("beta_fast", float, 32.0),
+        beta_slow=rope.get("beta_slow", float, 1.0),
+        attention_factor=rope.get("attention_factor", float, None),
+        truncate=rope.get("truncate", bool, True),
+    )
+
+
+def _merge_rope_parameters(reader: ConfigReader) -> dict[str, Any]:
+    """Both spellings in one; `rope_scaling`, which people add by hand to extend a context, wins."""
+    merged: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        parameters = dict(reader.get(key, dict, {}))
+        if any(isinstance(value, dict) for value in parameters.values()):
+            raise UnsupportedConfigValue(f"{reader.source}: {key} differs by layer, which is not implemented")
+        if "type" in parameters:
+            parameters.setdefault("rope_type", parameters.pop("type"))
+        merged.update(parameters)
+    return merged

@@ -140,7 +140,9 @@ def report_functions(files: dict[str, SourceFile]) -> list[str]:
     functions = sorted((f for file in files.values() for f in file.functions), key=lambda f: f.num_lines, reverse=True)
     lengths = sorted(function.num_lines for function in functions)
     ninth_decile = lengths[(len(lengths) * 9) // 10]
-    print(f"{len(functions)} functions: median {statistics.median(lengths):g} lines, nine in ten at most {ninth_decile}; longest:")
+    print(
+        f"{len(functions)} functions: median {statistics.median(lengths):g} lines, nine in ten at most {ninth_decile}; longest:"
+    )
     for function in functions[:NUM_LONGEST]:
         print(f"  {function.num_lines:>4}  {function.name}")
     too_long = [f for f in functions if f.num_lines > MAX_FUNCTION_LINES and not f.is_exempt]

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,15 @@ def llm(folder: Path) -> Iterator[LLM]:
         yield llm
 
 
+@pytest.fixture
+def fresh(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    """An engine of its own that fails where it would turn without work for ever."""
+    with LLM(folder, **OPTIONS) as llm:
+        step = llm.engine.step
+        monkeypatch.setattr(llm.engine, "step", lambda: step() if llm.engine.has_work else pytest.fail("a step without work"))
+        yield llm
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_running(llm: LLM) -> Iterator[None]:
     yield
@@ -112,8 +122,9 @@ class TestGenerate:
     def test_a_nano_vllm_script_runs_as_it_is(self, folder):
         sizes = {"num_kvcache_blocks": 64, "kvcache_block_size": 16, "dtype": "float32", "num_threads": 1}
         llm = LLM(str(folder), enforce_eager=True, tensor_parallel_size=1, **sizes)
-        outputs = llm.generate(["fox", "dog"], SamplingParams(temperature=0.6, max_tokens=4), use_tqdm=False)
-        assert [set(("text", "token_ids")) <= {"text", "token_ids"} and isinstance(one["text"], str) for one in outputs]
+        outputs = llm.generate(["fox", "dog"], SamplingParams(temperature=0.6, max_tokens=4, ignore_eos=True), use_tqdm=False)
+        assert [len(output["token_ids"]) for output in outputs] == [4, 4]
+        assert all(isinstance(output["text"], str) for output in outputs)
         llm.close()
 
     def test_the_bar_is_drawn_only_when_it_is_asked_for(self, llm, capfd):
@@ -138,44 +149,40 @@ class TestGenerate:
 
 
 class TestStopStrings:
-    @pytest.fixture(scope="class")
-    def full(self, llm) -> Any:
-        params = SamplingParams(temperature=1, seed=3, max_tokens=30, ignore_eos=True, logit_bias={0: -100, 1: -100, 2: -100})
-        return params, llm.generate("The", params, use_tqdm=False)[0]
+    @pytest.fixture
+    def options(self, llm: LLM) -> dict[str, Any]:
+        """Draws printable tokens only, so that every run of them is a text that a user could write."""
+        texts = {token_id: llm.tokenizer.decode([token_id]) for token_id in range(3, llm.tokenizer.vocab_size)}
+        plain = [token_id for token_id, text in texts.items() if text.isascii() and text.isprintable()]
+        return {"temperature": 8, "seed": 3, "max_tokens": 30, "allowed_token_ids": plain}
 
-    def with_stop(self, params: SamplingParams, stop: Any, **options: Any) -> SamplingParams:
-        bias = {0: -100, 1: -100, 2: -100}
-        return SamplingParams(temperature=1, seed=3, max_tokens=30, ignore_eos=True, logit_bias=bias, stop=stop, **options)
+    @pytest.fixture
+    def full(self, llm: LLM, options: dict[str, Any]) -> Any:
+        return llm.generate("The", SamplingParams(**options), use_tqdm=False)[0]
 
-    def spanning(self, llm: LLM, output: Any) -> str:
-        """Plain text from inside one token to inside a later one."""
-        texts = [llm.tokenizer.decode([token]) for token in output.token_ids]
-        for place in range(4, len(texts) - 2):
-            stop = "".join(texts[place : place + 3])
-            if stop.isascii() and "\ufffd" not in stop and len(stop) >= 3 and output.text.find(stop) > 0:
-                return stop
-        raise AssertionError(f"choose another seed: {output.text!r}")
+    @pytest.fixture
+    def stop(self, llm: LLM, full: Any) -> str:
+        """From the end of one token over a whole one to the beginning of a third."""
+        texts = [llm.tokenizer.decode([token_id]) for token_id in full.token_ids]
+        stop = texts[8][-1:] + texts[9] + texts[10][:1]
+        assert "".join(texts) == full.text and full.text.index(stop) == len("".join(texts[:9])) - 1, "choose another seed"
+        return stop
 
-    def test_may_span_tokens_and_are_cut_off(self, llm, full):
-        params, output = full
-        stop = self.spanning(llm, output)
-        (stopped,) = llm.generate("The", self.with_stop(params, stop), use_tqdm=False)
-        assert stopped.text == output.text[: output.text.index(stop)]
-        assert stopped.token_ids == output.token_ids[: len(stopped.token_ids)] and len(stopped.token_ids) < 30
+    def test_may_span_tokens_and_are_cut_off(self, llm, options, full, stop):
+        (stopped,) = llm.generate("The", SamplingParams(**options, stop=stop), use_tqdm=False)
+        assert stopped.text == full.text[: full.text.index(stop)]
+        assert stopped.token_ids == full.token_ids[:11]
         completion = stopped.completions[0]
         assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
 
-    def test_may_be_kept(self, llm, full):
-        params, output = full
-        stop = self.spanning(llm, output)
-        (stopped,) = llm.generate("The", self.with_stop(params, ["nowhere", stop], include_stop_str_in_output=True))
-        assert stopped.text == output.text[: output.text.index(stop) + len(stop)]
+    def test_may_be_kept(self, llm, options, full, stop):
+        params = SamplingParams(**options, stop=["nowhere", stop], include_stop_str_in_output=True)
+        (stopped,) = llm.generate("The", params, use_tqdm=False)
+        assert stopped.text == full.text[: full.text.index(stop) + len(stop)]
 
-    def test_are_never_streamed_in_part(self, llm, full):
-        params, output = full
-        stop = self.spanning(llm, output)
-        deltas = list(llm.stream("The", self.with_stop(params, stop)))
-        assert "".join(delta.text for delta in deltas) == output.text[: output.text.index(stop)]
+    def test_are_never_streamed_in_part(self, llm, options, full, stop):
+        deltas = list(llm.stream("The", SamplingParams(**options, stop=stop)))
+        assert "".join(delta.text for delta in deltas) == full.text[: full.text.index(stop)]
         assert deltas[-1].finish_reason == "stop"
 
 
@@ -219,22 +226,33 @@ class TestStream:
         with pytest.raises(InvalidPrompt):
             llm.stream("")
 
-    def test_two_streams_may_be_read_in_turns(self, llm):
+    def test_closing_before_the_first_delta_aborts_the_request_too(self, fresh):
+        fresh.stream("fox", GREEDY).close()
+        assert not fresh.engine.has_work
+
+    def test_two_streams_may_be_read_in_turns(self, fresh):
         params = SamplingParams(temperature=1, seed=9, max_tokens=8, ignore_eos=True)
-        expected = [llm.generate(prompt, params, use_tqdm=False)[0].token_ids for prompt in ("fox", "dog")]
-        streams = [llm.stream(prompt, params) for prompt in ("fox", "dog")]
+        expected = [fresh.generate(prompt, params, use_tqdm=False)[0].token_ids for prompt in ("fox", "dog")]
+        streams = [fresh.stream(prompt, params) for prompt in ("fox", "dog")]
         got: list[list[int]] = [[], []]
-        for _ in range(8):
-            for index, stream in enumerate(streams):
-                delta = next(stream, None)
-                got[index] += delta.token_ids if delta else []
-        for index, stream in enumerate(streams):
-            got[index] += [token for delta in stream for token in delta.token_ids]
+        for pair in zip_longest(*streams):
+            for tokens, delta in zip(got, pair, strict=True):
+                tokens += delta.token_ids if delta else []
         assert got == expected
+
+    def test_a_stream_goes_on_after_a_generate_in_between(self, fresh):
+        params = SamplingParams(temperature=1, seed=9, max_tokens=8, ignore_eos=True)
+        expected = fresh.generate("fox", params, use_tqdm=False)[0].token_ids
+        stream = fresh.stream("fox", params)
+        tokens = list(next(stream).token_ids)
+        fresh.generate("dog", params, use_tqdm=False)
+        for delta in stream:
+            tokens += delta.token_ids
+        assert tokens == expected
 
 
 class TestChat:
-    MESSAGES = [{"role": "user", "content": "fox"}]
+    MESSAGES = ({"role": "user", "content": "fox"},)
 
     def test_a_conversation_goes_through_the_template(self, llm):
         (output,) = llm.chat(self.MESSAGES, GREEDY)
@@ -254,13 +272,13 @@ class TestChat:
         text = "<|im_start|>user\nfox<|im_end|>\n<|im_start|>assistant\nThe"
         assert output.prompt_token_ids == llm.tokenizer.encode(text, add_special_tokens=False)
 
-    @pytest.mark.parametrize("messages", [[], [[]], [MESSAGES, []]])
+    @pytest.mark.parametrize("messages", [[[]], [list(MESSAGES), []]])
     def test_a_conversation_without_messages_is_refused(self, llm, messages):
-        if messages == []:
-            assert llm.chat(messages, GREEDY) == [] or pytest.fail("no conversations, no outputs")
-        else:
-            with pytest.raises(RequestError):
-                llm.chat(messages, GREEDY)
+        with pytest.raises(RequestError, match="at least one message"):
+            llm.chat(messages, GREEDY)
+
+    def test_no_conversations_give_no_outputs(self, llm):
+        assert llm.chat([], GREEDY) == []
 
 
 class TestLogprobs:
@@ -331,7 +349,9 @@ class TestOptions:
             LLM(folder, max_model_len=257)
 
     def test_a_cache_too_small_for_the_context_names_what_would_help(self, folder):
-        with pytest.raises(NotEnoughMemory, match="(?s)max_model_len=200 .*lower max_model_len to at most 64.*kv_cache_memory_bytes"):
+        with pytest.raises(
+            NotEnoughMemory, match="(?s)max_model_len=200 .*lower max_model_len to at most 64.*kv_cache_memory_bytes"
+        ):
             LLM(folder, **{**OPTIONS, "num_kv_blocks": 4}, max_model_len=200)
         sizes = {key: value for key, value in OPTIONS.items() if key != "num_kv_blocks"}
         with pytest.raises(NotEnoughMemory, match="kv_cache_memory_bytes"):
@@ -379,18 +399,14 @@ class TestLifetime:
             llm.generate(["fox"], GREEDY)
 
     def test_two_engines_in_one_process_do_not_disturb_each_other(self, llm, folder):
-        alone = llm.generate(["fox", "dog"], GREEDY, use_tqdm=False)
+        expected = [output.token_ids for output in llm.generate(["fox", "dog"], GREEDY, use_tqdm=False)]
         with LLM(folder, **{**OPTIONS, "block_size": 4, "num_steps_ahead": 2}) as other:
-            streams = [one.stream("fox", GREEDY) for one in (llm, other)]
             tokens: list[list[int]] = [[], []]
-            for left, right in zip(*streams, strict=False):
-                tokens[0] += left.token_ids
-                tokens[1] += right.token_ids
-            rest = [token for delta in streams[0] for token in delta.token_ids]
-            tokens[0] += rest
-            tokens[1] += [token for delta in streams[1] for token in delta.token_ids]
-        assert alone[0].token_ids == tokens[1]
-        assert llm.generate("dog", GREEDY, use_tqdm=False)[0].token_ids == alone[1].token_ids
+            for pair in zip_longest(llm.stream("fox", GREEDY), other.stream("dog", GREEDY)):
+                for mine, delta in zip(tokens, pair, strict=True):
+                    mine += delta.token_ids if delta else []
+        assert tokens == expected
+        assert llm.generate("dog", GREEDY, use_tqdm=False)[0].token_ids == expected[1]
 
 
 OPTIMISED = """

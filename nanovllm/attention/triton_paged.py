@@ -93,7 +93,9 @@ class TritonAttention:
         decode_items, combine = empty, np.zeros((0, 3), dtype=np.int32)
         if one.any():
             decode_items, combine = plan_decodes(starts[one], tokens[one], rows[one], self.max_extra_items)
-        prompt_items = plan_prompts(starts[many], lengths[many], tokens[many], rows[many], self.prompt_tile) if many.any() else empty
+        prompt_items = (
+            plan_prompts(starts[many], lengths[many], tokens[many], rows[many], self.prompt_tile) if many.any() else empty
+        )
         upload = lambda array: torch.from_numpy(array).to(self.device, non_blocking=True)  # noqa: E731
         return TritonPlan(
             inputs.block_tables, upload(decode_items), upload(combine), upload(prompt_items), int((decode_items[:, 6] >= 0).sum())
@@ -196,7 +198,9 @@ def _attend_kernel(
         block_id = tl.load(table_ptr + key_position // PAGE, is_key, other=0).to(tl.int64)
         place = ((block_id * K + kv_head) * PAGE + key_position % PAGE) * D  # [N]
         key = tl.load(key_ptr + place[None, :] + column[:, None], is_key[None, :] & (column < D)[:, None], other=0.0)  # [D, N]
-        value = tl.load(value_ptr + place[:, None] + column[None, :], is_key[:, None] & (column < D)[None, :], other=0.0)  # [N, D]
+        value = tl.load(
+            value_ptr + place[:, None] + column[None, :], is_key[:, None] & (column < D)[None, :], other=0.0
+        )  # [N, D]
         scores = tl.dot(query, key, input_precision="ieee") * scale  # [M, N]
         visible = is_key[None, :]
         if not IS_DECODE:

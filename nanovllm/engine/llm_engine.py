@@ -99,6 +99,10 @@ class LLMEngine:
             self.events.emit(RequestAdded(sequences[0].arrival_time, request_id, len(token_ids), len(sequences)))
         return request_id
 
+    def output_of(self, request_id: str) -> GenerationOutput:
+        """The live output of an unfinished request. Raises KeyError for others."""
+        return self._requests[request_id].output
+
     def abort(self, request_id: str) -> GenerationOutput | None:
         """End a request in whatever state it is. Returns what it has so far; None when it is unknown or finished."""
         request = self._requests.get(request_id)

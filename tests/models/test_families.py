@@ -168,13 +168,11 @@ class TestRopeScaling:
             with pytest.raises(UnsupportedConfigValue, match=f"rope_type={kind!r} is not implemented"):
                 read_model_spec(changed_config(**spelling), "toy")
 
-    @pytest.mark.xfail(reason="read_rope_spec asks for the factor before it looks at the kind")
     @pytest.mark.parametrize("kind", ["longrope", "mrope"])
     def test_of_another_kind_is_refused_by_name_also_when_it_has_no_factor(self, kind):
         with pytest.raises(UnsupportedConfigValue, match=f"rope_type={kind!r} is not implemented"):
             read_model_spec(changed_config(rope_parameters={"rope_type": kind}), "toy")
 
-    @pytest.mark.xfail(reason="read_rope_spec lets rope_parameters win in silence; Transformers lets rope_scaling win")
     def test_that_was_added_beside_other_parameters_is_honoured_or_refused(self):
         """What the model cards advise for long contexts: add a rope_scaling to config.json. It may not be dropped."""
         config = changed_config(rope_scaling=ROPES["yarn"])
