@@ -7,14 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from nanovllm.attention.base import AttentionBackend
+from nanovllm.attention.base import AttentionBackend, Rotary
 
 
 @dataclass(slots=True)
 class ForwardContext:
-    positions: Tensor  # [num_tokens] int64, place of each token in its sequence
-    cos: Tensor  # [num_tokens, 1, head_dim], rotary, gathered once for all layers
-    signed_sin: Tensor  # [num_tokens, 1, head_dim]
+    rotary: Rotary  # cos and sin of the step's positions, gathered once for all layers
     slot_mapping: Tensor  # [num_tokens] int64, where each token's KV is written: block_id * block_size + offset
     kv_caches: list[Tensor]  # one per layer, in the layout of the backend
     backend: AttentionBackend

@@ -83,11 +83,15 @@ class LLM:
         use_tqdm: bool = True,
         *,
         priority: int = 0,
+        cache_salt: str = "",
     ) -> list[GenerationOutput]:
-        """Complete one prompt or many (strings or token ids); outputs in the order of the prompts."""
+        """Complete one prompt or many (strings or token ids); outputs in the order of the prompts.
+
+        `priority` and `cache_salt`: see `LLMEngine.add_request`.
+        """
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[list-item]
-        return self.engine.generate(prompts, sampling_params, priority=priority, use_tqdm=use_tqdm)  # type: ignore[arg-type]
+        return self.engine.generate(prompts, sampling_params, priority=priority, cache_salt=cache_salt, use_tqdm=use_tqdm)  # type: ignore[arg-type]
 
     def chat(
         self,
@@ -101,9 +105,12 @@ class LLM:
         prompts = [self.apply_chat_template(conversation, **template_options) for conversation in conversations]  # type: ignore[arg-type]
         return self.engine.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> DeltaStream:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
+    ) -> DeltaStream:
         """Complete one prompt, piece by piece. Closing the stream early aborts the request."""
-        return DeltaStream(self.engine, self.engine.add_request(prompt, sampling_params))
+        request_id = self.engine.add_request(prompt, sampling_params, priority=priority, cache_salt=cache_salt)
+        return DeltaStream(self.engine, request_id)
 
     def apply_chat_template(self, messages: Sequence[Message], **template_options: Any) -> list[int]:
         """The token ids of a conversation, ready to be answered. Raises `InvalidChatTemplate`."""

@@ -9,7 +9,7 @@ and those of this step, whose KV is stored first. One method plans (host work, o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -33,19 +33,32 @@ class AttentionSpec:
         return self.head_dim**-0.5
 
 
+class Rotary(NamedTuple):
+    """Of the step's tokens, both [num_tokens, 1, head_dim]; see kernels/rotary.py."""
+
+    cos: Tensor
+    signed_sin: Tensor
+
+
+class HeadNorm(NamedTuple):
+    """RMSNorm over the head dimension of queries and keys."""
+
+    weight: Tensor  # [num_heads + num_kv_heads, head_dim]
+    eps: float
+
+
 @dataclass(slots=True)
 class AttentionInputs:
     """One step as the attention sees it; host lists and device tensors of the same facts.
 
     Example, block_size 4: a prompt chunk of 3 tokens on top of 4 cached ones, and a decoding sequence at position 9:
-    starts [4, 9], lengths [3, 1], query_start [0, 3, 4], context_lens [7, 10], block_tables [[7, 2, -], [5, 0, 3]].
+    starts [4, 9], lengths [3, 1], rows [1, 0], block_tables [[5, 0, 3], [7, 2, -]].
     """
 
     starts: list[int]  # [num_chunks]
     lengths: list[int]  # [num_chunks]
-    query_start: Tensor  # [num_chunks + 1] int32, offsets into the flat tokens
-    context_lens: Tensor  # [num_chunks] int32, starts + lengths
-    block_tables: Tensor  # [num_chunks, max_blocks] int32
+    rows: list[int]  # [num_chunks], line of each chunk in the block tables
+    block_tables: Tensor  # [max_num_seqs, max_blocks] int32, all rows
 
 
 class AttentionBackend(Protocol):
@@ -55,8 +68,14 @@ class AttentionBackend(Protocol):
         """Host-side preparation of one step, shared by all layers."""
         ...
 
-    def store(self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-        """Write key, value: [num_tokens, num_kv_heads, head_dim] into the slots."""
+    def rotate_and_store(
+        self, heads: Tensor, head_norm: HeadNorm | None, rotary: Rotary, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> Tensor:
+        """Norm (where the family has one) and turn queries and keys, write keys and values into the slots.
+
+        heads: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], queries first; slot_mapping: [num_tokens], a
+        negative slot is not written. Returns the queries, [num_tokens, num_heads, head_dim].
+        """
         ...
 
     def attend(self, query: Tensor, kv_cache: Tensor, plan: Any) -> Tensor:

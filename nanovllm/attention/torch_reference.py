@@ -12,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.attention.base import AttentionInputs, AttentionSpec
+from nanovllm.attention.base import AttentionInputs, AttentionSpec, HeadNorm, Rotary
+from nanovllm.kernels.rotary import apply_rotary
 
 MAX_GATHERED_TOKENS = 16_384  # per group of decoding sequences: bounds the copy, and keeps it near the cache
 MAX_SCORES = 1 << 20  # per query tile, over all heads
@@ -58,10 +60,19 @@ class TorchAttention:
     def kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
         return 2, self.spec.num_kv_heads, num_blocks, self.spec.block_size, self.spec.head_dim
 
-    def store(self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    def rotate_and_store(
+        self, heads: Tensor, head_norm: HeadNorm | None, rotary: Rotary, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> Tensor:
+        spec = self.spec
+        query_key, value = heads.split((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        if head_norm is not None:
+            query_key = F.rms_norm(query_key, (spec.head_dim,), None, head_norm.eps) * head_norm.weight
+        query_key = apply_rotary(query_key, *rotary)
+        query, key = query_key.split((spec.num_heads, spec.num_kv_heads), dim=1)
         slots = kv_cache.flatten(2, 3)  # [2, K, num_slots, D]
         slots[0].index_copy_(1, slot_mapping, key.transpose(0, 1))
         slots[1].index_copy_(1, slot_mapping, value.transpose(0, 1))
+        return query
 
     def copy_blocks(self, kv_cache: Tensor, sources: Tensor, destinations: Tensor) -> None:
         kv_cache.index_copy_(2, destinations, kv_cache.index_select(2, sources))
@@ -70,14 +81,14 @@ class TorchAttention:
 
     def plan(self, inputs: AttentionInputs) -> TorchPlan:
         plan = TorchPlan()
-        decodes = []  # (context length, chunk, first token)
+        decodes = []  # (context length, row, first token)
         first_token = 0
-        for chunk, (start, length) in enumerate(zip(inputs.starts, inputs.lengths)):
+        for row, start, length in zip(inputs.rows, inputs.starts, inputs.lengths):
             if length == 1:
-                decodes.append((start + 1, chunk, first_token))
+                decodes.append((start + 1, row, first_token))
             else:
                 num_blocks = -(-(start + length) // self.spec.block_size)
-                block_ids = inputs.block_tables[chunk, :num_blocks].long()
+                block_ids = inputs.block_tables[row, :num_blocks].long()
                 plan.chunks.append(PromptChunk(first_token, length, start, block_ids))
             first_token += length
         if decodes and not plan.chunks and self._fits_one_group(min(decodes)[0], max(decodes)[0], len(decodes)):
@@ -103,8 +114,8 @@ class TorchAttention:
     def _make_group(self, decodes: list[tuple[int, int, int]], block_tables: Tensor, is_all: bool) -> DecodeGroup:
         context_lens = torch.tensor([decode[0] for decode in decodes], device=self.device)  # [B]
         num_blocks = -(-max(decode[0] for decode in decodes) // self.spec.block_size)
-        chunks = torch.tensor([decode[1] for decode in decodes], device=self.device)
-        block_ids = block_tables[chunks, :num_blocks].long().flatten()
+        rows = torch.tensor([decode[1] for decode in decodes], device=self.device)
+        block_ids = block_tables[rows, :num_blocks].long().flatten()
         key_positions = torch.arange(num_blocks * self.spec.block_size, device=self.device)  # [T]
         mask = torch.zeros(len(decodes), 1, len(key_positions), dtype=self.dtype, device=self.device)
         mask.masked_fill_((key_positions >= context_lens[:, None])[:, None], float("-inf"))

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.attention.base import AttentionInputs, AttentionSpec
+from nanovllm.attention.base import AttentionInputs, AttentionSpec, HeadNorm, Rotary
+from nanovllm.kernels.rotary import rotate_and_store
 from nanovllm.kernels.triton_language import tl, triton
 
 ITEM_FIELDS = 7  # first token, number of queries, table row, position of the first query, context begin, end, partial slot
@@ -31,7 +32,7 @@ PROGRAMS_PER_SM = 4  # that splitting aims at when there are few sequences
 class TritonPlan:
     """Device int32 tensors. Items beyond the true number have zero queries, so that a grid may be an upper bound."""
 
-    block_tables: Tensor  # [num_chunks, max_blocks]
+    block_tables: Tensor  # [max_num_seqs, max_blocks]
     decode_items: Tensor  # [num_items, ITEM_FIELDS]
     combine: Tensor  # [num_decodes, 3] token, first partial slot, number of partials (0: nothing to combine)
     prompt_items: Tensor  # [num_items, ITEM_FIELDS]
@@ -84,10 +85,15 @@ class TritonAttention:
     def copy_blocks(self, kv_cache: Tensor, sources: Tensor, destinations: Tensor) -> None:
         kv_cache.index_copy_(1, destinations, kv_cache.index_select(1, sources))
 
+    def rotate_and_store(
+        self, heads: Tensor, head_norm: HeadNorm | None, rotary: Rotary, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> Tensor:
+        return rotate_and_store(heads, head_norm, *rotary, kv_cache, slot_mapping, self.spec.num_heads)
+
     def plan(self, inputs: AttentionInputs) -> TritonPlan:
         starts, lengths = np.array(inputs.starts), np.array(inputs.lengths)
         tokens = np.cumsum(lengths) - lengths
-        rows = np.arange(len(starts))
+        rows = np.array(inputs.rows)
         one, many = lengths == 1, lengths > 1
         empty = np.zeros((0, ITEM_FIELDS), dtype=np.int32)
         decode_items, combine = empty, np.zeros((0, 3), dtype=np.int32)

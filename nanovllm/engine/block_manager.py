@@ -9,9 +9,9 @@ them. A block is in exactly one of these states:
     free, cached    ref_count == 0      on the free list, content still in the index: revived by a hit
     free, blank     ref_count == 0      on the free list, nothing known about its content
 
-A hash only proposes. A hit counts when the token ids are equal *and* the block before it is the very content that
+A hash only proposes. A hit counts when salt and token ids are equal *and* the block before it is the very content that
 this one continued (`parent_id`), so the result is exact whatever the hash function does; a collision just costs a
-fresh block. Paging: Kwon et al. 2023, PagedAttention, section 4.
+fresh block. Sequences of different salts never share, for the same reason. Paging: Kwon et al. 2023, PagedAttention, section 4.
 
 Knows no queues and no policy; does not write sequences. Read next: `scheduler.py`.
 """
@@ -48,6 +48,7 @@ class Block:
     token_ids: array | None = None  # its tokens, for comparison on a hit
     content_id: int = ROOT  # unique number of this content
     parent_id: int = ROOT  # content_id of the block before it
+    cache_salt: str = ""  # whose content it is
     published_time: float = 0.0
 
 
@@ -189,7 +190,7 @@ class BlockManager:
         block = self._blocks[sequence.block_table[block_index]]
         self._num_contents += 1
         block.block_hash, block.token_ids = block_hash, self._tokens_of(sequence, block_index)
-        block.content_id, block.parent_id = self._num_contents, content_id
+        block.content_id, block.parent_id, block.cache_salt = self._num_contents, content_id, sequence.cache_salt
         block.published_time = self._clock()
         self._index[block_hash] = block
         return block.content_id
@@ -216,9 +217,9 @@ class BlockManager:
 
     def _find(self, sequence: Sequence, block_index: int, parent_id: int) -> Block | None:
         block = self._index.get(sequence.block_hashes[block_index])
-        if block is None or block.parent_id != parent_id or block.token_ids != self._tokens_of(sequence, block_index):
+        if block is None or block.parent_id != parent_id or block.cache_salt != sequence.cache_salt:
             return None
-        return block
+        return block if block.token_ids == self._tokens_of(sequence, block_index) else None
 
     def _evict(self, block: Block) -> None:
         self.stats.num_evictions += 1

@@ -276,6 +276,7 @@ class LLMEngine:
         params: SamplingParams | AbstractSequence[SamplingParams] | None = None,
         *,
         priority: int = 0,
+        cache_salt: str = "",
         use_tqdm: bool = False,
     ) -> list[GenerationOutput]:
         """Run prompts to their end; outputs in the order of the prompts. If one is refused, none is left behind."""
@@ -286,7 +287,7 @@ class LLMEngine:
         outputs: dict[str, GenerationOutput] = {}
         try:
             for prompt, one in zip(prompts, per_prompt):
-                request_ids.append(self.add_request(prompt, one, priority=priority))
+                request_ids.append(self.add_request(prompt, one, priority=priority, cache_salt=cache_salt))
             wanted = set(request_ids)
             with _Progress(len(prompts), use_tqdm) as progress:
                 while len(outputs) < len(wanted):

@@ -98,9 +98,9 @@ class ModelRunner:
                 self.backend.copy_blocks(kv_cache, sources, destinations)
 
     def _context(self, inputs: StepInputs) -> ForwardContext:
-        cos, signed_sin = self.model.rotary.at(inputs.positions)  # type: ignore[union-attr]  # made by finish_loading
+        rotary = self.model.rotary.at(inputs.positions)  # type: ignore[union-attr]  # made by finish_loading
         plan = self.backend.plan(inputs.attention)
-        return ForwardContext(inputs.positions, cos, signed_sin, inputs.slot_mapping, self.kv_caches, self.backend, plan)
+        return ForwardContext(rotary, inputs.slot_mapping, self.kv_caches, self.backend, plan)
 
     def _sample(self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor) -> PendingStep:
         """Project and draw for the chunks that reach their sequence's end, and only for those."""

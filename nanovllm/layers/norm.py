@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.attention.base import HeadNorm
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
 from nanovllm.layers.weight_slot import WeightSlot
 
@@ -39,9 +39,9 @@ class QKNorm(nn.Module):
         self.num_heads, self.head_dim, self.eps = num_heads, head_dim, eps
         self.weight = torch.ones(num_heads + num_kv_heads, head_dim, dtype=dtype)  # the two weights, repeated per head
 
-    def forward(self, qk: Tensor) -> Tensor:
-        """qk: [num_tokens, num_heads + num_kv_heads, head_dim]."""
-        return F.rms_norm(qk, (self.head_dim,), None, self.eps) * self.weight
+    def as_head_norm(self) -> HeadNorm:
+        """For `AttentionBackend.rotate_and_store`, which does it on the way."""
+        return HeadNorm(self.weight, self.eps)
 
     def weight_slots(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         yield f"{prefix}q_norm.weight", WeightSlot((self.head_dim,), lambda tensor: self.weight[: self.num_heads].copy_(tensor))

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from nanovllm.attention.base import Rotary
 from nanovllm.model_spec import RopeSpec
 
 
@@ -24,9 +25,9 @@ class RotaryTable:
         self.cos = torch.cat((cos, cos), dim=-1).unsqueeze(1).to(device, dtype)
         self.signed_sin = torch.cat((-sin, sin), dim=-1).unsqueeze(1).to(device, dtype)
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [num_tokens] -> cos, signed_sin: [num_tokens, 1, head_dim]."""
-        return self.cos[positions], self.signed_sin[positions]
+    def at(self, positions: Tensor) -> Rotary:
+        """positions: [num_tokens]."""
+        return Rotary(self.cos[positions], self.signed_sin[positions])
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:

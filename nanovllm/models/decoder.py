@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from nanovllm.forward_context import ForwardContext
 from nanovllm.kernels.activation import silu_and_mul
-from nanovllm.kernels.rotary import apply_rotary
 from nanovllm.layers.embedding import OutputHead, VocabEmbedding, VocabTable
 from nanovllm.layers.linear import ColumnParallelLinear, QKVLinear, RowParallelLinear
 from nanovllm.layers.norm import QKNorm, RMSNorm
@@ -42,13 +41,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """[N, hidden_size] -> [N, hidden_size]."""
         heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)  # [N, H + 2 K, D]
-        query_key, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        if self.qk_norm is not None:
-            query_key = self.qk_norm(query_key)
-        query_key = apply_rotary(query_key, context.cos, context.signed_sin)
-        query, key = query_key.split((self.num_heads, self.num_kv_heads), dim=1)
+        head_norm = self.qk_norm.as_head_norm() if self.qk_norm is not None else None
         kv_cache = context.kv_caches[self.layer]
-        context.backend.store(key, value, kv_cache, context.slot_mapping)
+        query = context.backend.rotate_and_store(heads, head_norm, context.rotary, kv_cache, context.slot_mapping)
         return self.o_proj(context.backend.attend(query, kv_cache, context.attention_plan))
 
 

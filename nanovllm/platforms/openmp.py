@@ -2,7 +2,8 @@
 
 GNU OpenMP's threads spin for milliseconds at the end of every parallel region. That is right on a free machine; when
 another process takes a core, the spinning threads take turns with the working one, and a step that has thousands of
-regions becomes up to a hundred times slower. A short spin keeps most of the speed and gives the core back soon.
+regions becomes up to a hundred times slower. A short spin keeps nine tenths of the speed and gives the core back soon:
+measured in benchmarks/LOG.md.
 Imports nothing, so that it can run first.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 
-SPIN_COUNT = "20000"  # loop turns, tens of microseconds
+SPIN_COUNT = "2000"  # loop turns, a few microseconds
 
 
 def set_waiting_policy() -> None:

@@ -45,13 +45,7 @@ def build_inputs(batch: ScheduledBatch, state: RowState, block_size: int) -> Ste
     row_index = torch.from_numpy(token_rows).to(device)
     position = torch.from_numpy(positions).to(device)
     block_ids = state.block_tables[row_index, position // block_size].long()
-    attention = AttentionInputs(
-        starts=batch.starts,
-        lengths=batch.lengths,
-        query_start=torch.from_numpy(query_start.astype(np.int32)).to(device),
-        context_lens=torch.from_numpy((starts + np.array(batch.lengths)).astype(np.int32)).to(device),
-        block_tables=state.block_tables[torch.from_numpy(rows).to(device)],
-    )
+    attention = AttentionInputs(batch.starts, batch.lengths, batch.rows, state.block_tables)
     return StepInputs(
         input_ids=state.token_ids[row_index, position],
         positions=position,

@@ -6,10 +6,14 @@ from then on by the sampler; so a step's inputs are gathered here, and the host 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.engine.batch import BlockUpdate, Seat
+from nanovllm.sampling.upload import upload
 
 
 class RowState:
@@ -21,15 +25,24 @@ class RowState:
         self.block_tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
 
     def seat(self, seats: list[Seat]) -> None:
-        for seat in seats:
-            self.token_ids[seat.row, : len(seat.token_ids)] = torch.tensor(seat.token_ids, dtype=torch.int32)
+        _scatter(self.token_ids, [(seat.row, 0, seat.token_ids) for seat in seats])
 
     def update_blocks(self, updates: list[BlockUpdate]) -> None:
         """In order: a later update may replace an entry of an earlier one."""
-        for row, first_index, block_ids in updates:
-            new_ids = torch.tensor(block_ids, dtype=torch.int32)
-            self.block_tables[row, first_index : first_index + len(block_ids)] = new_ids
+        _scatter(self.block_tables, updates)
 
     def write_sampled(self, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
         """All [num_samples]: the drawn tokens become the inputs of the next step."""
         self.token_ids[rows, positions] = token_ids.int()
+
+
+def _scatter(table: Tensor, runs: Sequence[tuple[int, int, list[int]]]) -> None:
+    """`table[row, first : first + len(values)] = values` for every (row, first, values), in one copy to the device."""
+    if not runs:
+        return
+    width = table.shape[1]
+    places = {}  # later runs win
+    for row, first, values in runs:
+        places.update(zip(range(row * width + first, row * width + first + len(values)), values))
+    index, values = upload(list(places), table.device), upload(np.array(list(places.values()), dtype=np.int32), table.device)
+    table.view(-1).index_copy_(0, index, values)

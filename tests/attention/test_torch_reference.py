@@ -65,17 +65,15 @@ class Batch:
         """The earlier tokens first, each sequence alone; then this step's, all together."""
         for chunk, start in enumerate(self.starts):
             old = self.contexts[chunk][:start], self.values[chunk][:start]
-            self.backend.store(*old, self.cache, self.slots(chunk, 0, start))
+            write(self.cache, *old, self.slots(chunk, 0, start))
         pairs = list(enumerate(zip(self.starts, self.lengths, strict=True)))
         keys = torch.cat([self.contexts[chunk][start:] for chunk, (start, _) in pairs])
         values = torch.cat([self.values[chunk][start:] for chunk, (start, _) in pairs])
         slots = torch.cat([self.slots(chunk, start, start + length) for chunk, (start, length) in pairs])
-        self.backend.store(keys, values, self.cache, slots)
+        write(self.cache, keys, values, slots)
 
     def inputs(self) -> AttentionInputs:
-        lengths = torch.tensor(self.lengths)
-        query_start = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
-        return AttentionInputs(self.starts, self.lengths, query_start, (torch.tensor(self.starts) + lengths).int(), self.tables)
+        return AttentionInputs(self.starts, self.lengths, list(range(len(self.starts))), self.tables)
 
     def attend(self) -> Tensor:
         return self.backend.attend(self.query, self.cache, self.backend.plan(self.inputs()))
@@ -94,6 +92,13 @@ class Batch:
                 rows.append(torch.cat(heads))
                 token += 1
         return torch.stack(rows)
+
+
+def write(kv_cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """keys, values: [n, num_kv_heads, head_dim] into the slots, by the layout that the backend documents."""
+    flat = kv_cache.flatten(2, 3)
+    flat[0].index_copy_(1, slots, keys.transpose(0, 1))
+    flat[1].index_copy_(1, slots, values.transpose(0, 1))
 
 
 CHUNKS = st.lists(st.tuples(st.integers(0, 40), st.sampled_from([1, 1, 1, 2, 5, 17])), min_size=1, max_size=7)

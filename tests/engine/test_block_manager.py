@@ -69,6 +69,13 @@ def test_different_salts_never_share():
     assert blocks.match_prefix(make_sequence(list(range(9)), salt="a")).num_blocks == 2
 
 
+def test_different_salts_do_not_share_even_when_their_hashes_collide():
+    blocks = BlockManager(16, 4, hash_function=lambda previous, data: 1)
+    fill(blocks, make_sequence(list(range(5)), salt="a"))
+    assert blocks.match_prefix(make_sequence(list(range(5)), salt="b")).num_blocks == 0
+    assert blocks.match_prefix(make_sequence(list(range(5)), salt="a")).num_blocks == 1
+
+
 def test_prompt_logprobs_need_every_position_and_so_skip_the_cache():
     blocks = BlockManager(16, 4)
     fill(blocks, make_sequence(list(range(9))))
