@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from nanovllm.attention.base import AttentionSpec
-from nanovllm.attention.torch_reference import TorchAttention
+from nanovllm.attention.select import select_backend
+from nanovllm.attention.triton_paged import TritonAttention
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine, Prompt
@@ -193,9 +194,8 @@ def build_engine(
     model = find_family(spec.architecture)(spec, ParallelGroup(), dtype)
     load_weights(model, weights)
     model.finish_loading(platform.device, plan.max_model_len)
-    backend = TorchAttention(
-        AttentionSpec(model.num_heads, model.num_kv_heads, spec.head_dim, config.block_size), dtype, platform.device
-    )
+    attention = AttentionSpec(model.num_heads, model.num_kv_heads, spec.head_dim, config.block_size)
+    backend = select_backend(attention, dtype, platform.device)
     kv_caches = [platform.zeros(backend.kv_cache_shape(plan.num_blocks), dtype) for _ in range(spec.num_layers)]
     limits = config.scheduler_limits
     runner = ModelRunner(
@@ -207,6 +207,8 @@ def build_engine(
         max_model_len=plan.max_model_len,
         device=platform.device,
     )
+    if platform.device.type == "cuda" and not config.enforce_eager and isinstance(backend, TritonAttention):
+        runner.capture_graphs(backend, limits.max_num_seqs, limits.max_num_batched_tokens)
     scheduler = Scheduler(BlockManager(plan.num_blocks, config.block_size, config.enable_prefix_caching), limits, policy)
     engine = LLMEngine(
         scheduler,

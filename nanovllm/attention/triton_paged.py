@@ -134,12 +134,13 @@ def attend_items(
     partial_weight: Tensor | None,
     spec: AttentionSpec,
     num_rows: int,
-    tile_keys: int = 64,
+    tile_keys: int | None = None,
     num_warps: int | None = None,
-    num_stages: int = 3,
+    num_stages: int | None = None,
 ) -> None:
-    """Launch the kernel over `items`; `num_rows` is the M of a tile, at least 16."""
+    """Launch the kernel over `items`; `num_rows` is the M of a tile, at least 16. Tile sizes were measured on an H200."""
     is_decode = partial is not None
+    is_wide = spec.head_dim > 128 or query.dtype == torch.float32
     _attend_kernel[(len(items), spec.num_kv_heads)](
         query,
         kv_cache,
@@ -158,10 +159,10 @@ def attend_items(
         triton.next_power_of_2(spec.head_dim),
         spec.block_size,
         num_rows,
-        tile_keys,
+        tile_keys or (32 if is_wide else 64 if is_decode else 128),
         is_decode,
         num_warps=num_warps or (4 if is_decode else 8),
-        num_stages=num_stages,
+        num_stages=num_stages or (2 if is_decode or is_wide else 3),
     )
 
 

@@ -15,14 +15,19 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
+from nanovllm.attention.triton_paged import TritonAttention
 from nanovllm.engine.batch import ScheduledBatch, Seat, StepResult
 from nanovllm.forward_context import ForwardContext
+from nanovllm.kernels.draw_token import draw_tokens
+from nanovllm.kernels.gather_inputs import gather_inputs
 from nanovllm.models.decoder import Decoder
 from nanovllm.outputs import PositionLogprobs
+from nanovllm.runner.cuda_graphs import CudaGraphs, StepTensors
 from nanovllm.runner.inputs import StepInputs, build_inputs
 from nanovllm.runner.state import RowState
 from nanovllm.sampling.logprobs import BatchLogprobs, prompt_logprobs
 from nanovllm.sampling.sampler import Sampler
+from nanovllm.sampling.upload import upload
 
 MAX_LOGIT_ROWS = 256  # prompt positions projected at a time when prompt log-probabilities are asked for
 
@@ -32,13 +37,16 @@ class PendingStep:
     """A step whose results may still be on their way."""
 
     step: int
-    token_ids: Tensor  # [num_samples] int64, on the device
-    logprobs: BatchLogprobs | None
+    token_ids: Tensor  # [num_samples] int64, on the host or on its way there
+    logprobs: BatchLogprobs | None = None
+    arrived: torch.cuda.Event | None = None  # None: it is there
     prompt_logprobs: dict[int, list[BatchLogprobs]] = field(default_factory=dict)
     forward_ns: int = 0
 
     def result(self) -> StepResult:
         """Wait for the device, and bring everything to the host."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
         return StepResult(
             step=self.step,
             token_ids=self.token_ids.unsqueeze(1).tolist(),
@@ -66,6 +74,7 @@ class ModelRunner:
         self.block_size = block_size
         self.state = RowState(max_num_seqs, max_model_len, block_size, device)
         self.sampler = Sampler(model.spec.vocab_size, max_num_seqs, device)
+        self.graphs: CudaGraphs | None = None
         self._prompt_logprobs: dict[int, Seat] = {}  # row -> who asked for them
 
     @torch.inference_mode()
@@ -73,11 +82,14 @@ class ModelRunner:
         """Execute one step. Steps must come in order; each sees the tokens that the one before drew."""
         started = time.perf_counter_ns()
         self._update_state(batch)
-        inputs = build_inputs(batch, self.state, self.block_size)
-        hidden = self.model(inputs.input_ids, self._context(inputs))  # [num_tokens, hidden_size]
-        pending = self._sample(batch, inputs, hidden)
-        if self._prompt_logprobs:
-            pending.prompt_logprobs = self._score_prompts(batch, inputs, hidden)
+        asks_prompt = bool(self._prompt_logprobs) and not self._prompt_logprobs.keys().isdisjoint(batch.rows)
+        pending = None if self.graphs is None or asks_prompt else self._replay(batch)
+        if pending is None:
+            inputs = build_inputs(batch, self.state, self.block_size)
+            hidden = self.model(inputs.input_ids, self._context(inputs))  # [num_tokens, hidden_size]
+            pending = self._sample(batch, inputs, hidden)
+            if asks_prompt:
+                pending.prompt_logprobs = self._score_prompts(batch, inputs, hidden)
         pending.forward_ns = time.perf_counter_ns() - started
         return pending
 
@@ -107,16 +119,73 @@ class ModelRunner:
         chunks = batch.sampled_chunks
         device = hidden.device
         if not chunks:
-            return PendingStep(batch.step, torch.empty(0, dtype=torch.int64), None)
+            return PendingStep(batch.step, torch.empty(0, dtype=torch.int64))
         if len(chunks) < len(hidden):
             last_tokens = torch.from_numpy(inputs.query_start[1:][chunks] - 1).to(device)
             hidden = hidden.index_select(0, last_tokens)  # [num_samples, hidden_size]
         logits = self.model.compute_logits(hidden)  # [num_samples, vocab_size]
-        rows = [batch.rows[chunk] for chunk in chunks]
-        positions = [batch.starts[chunk] + batch.lengths[chunk] for chunk in chunks]  # of the tokens to be drawn
+        return self._draw(batch, logits)
+
+    def _draw(self, batch: ScheduledBatch, logits: Tensor) -> PendingStep:
+        rows, positions = _sampled_places(batch)
         sampled = self.sampler.sample(logits, rows, positions, self.state.token_ids)
-        self.state.write_sampled(torch.tensor(rows, device=device), torch.tensor(positions, device=device), sampled.token_ids)
-        return PendingStep(batch.step, sampled.token_ids, sampled.logprobs)
+        device = logits.device
+        self.state.write_sampled(upload(rows, device), upload(positions, device), sampled.token_ids)
+        return self._send_to_host(batch, sampled.token_ids, sampled.logprobs)
+
+    def _send_to_host(self, batch: ScheduledBatch, token_ids: Tensor, logprobs: BatchLogprobs | None = None) -> PendingStep:
+        if not token_ids.is_cuda:
+            return PendingStep(batch.step, token_ids, logprobs)
+        on_host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+        on_host.copy_(token_ids, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return PendingStep(batch.step, on_host, logprobs, arrived)
+
+    # --- the same step as one graph
+
+    def forward_step(self, step: StepTensors, token_ids: Tensor) -> Tensor:
+        """All of a step's device work, without the host: what a CUDA graph captures. Returns the logits, [S, vocab]."""
+        input_ids, slots = gather_inputs(
+            step.token_rows, step.positions, self.state.token_ids, self.state.block_tables, self.block_size
+        )
+        rotary = self.model.rotary.at(step.positions)  # type: ignore[union-attr]
+        context = ForwardContext(rotary, slots, self.kv_caches, self.backend, step.plan)
+        hidden = self.model(input_ids, context)
+        if len(step.plan.prompt_items):
+            hidden = hidden.index_select(0, step.sample_tokens)
+        logits = self.model.compute_logits(hidden)
+        draw_tokens(
+            logits,
+            step.inverse_temperature,
+            step.keys,
+            step.sample_rows,
+            step.sample_positions,
+            self.state.token_ids,
+            token_ids,
+        )
+        return logits
+
+    @torch.inference_mode()
+    def capture_graphs(self, backend: TritonAttention, max_num_seqs: int, max_tokens: int) -> None:
+        self.graphs = CudaGraphs(
+            self.forward_step,
+            backend,
+            self.state.block_tables,
+            max_num_seqs=max_num_seqs,
+            max_tokens=max_tokens,
+            spare_row=self.state.spare_row,
+        )
+        self.graphs.capture_all()
+
+    def _replay(self, batch: ScheduledBatch) -> PendingStep | None:
+        rows, positions = _sampled_places(batch)
+        inverse_temperature, keys, is_plain = self.sampler.plain_operands(rows, positions)
+        replayed = self.graphs.replay(batch, inverse_temperature, keys)  # type: ignore[union-attr]
+        if replayed is None:
+            return None
+        logits, token_ids = replayed
+        return self._send_to_host(batch, token_ids) if is_plain else self._draw(batch, logits)
 
     def _score_prompts(self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor) -> dict[int, list[BatchLogprobs]]:
         """Log-probabilities of the prompt tokens that follow each computed position, for the rows that asked."""
@@ -142,3 +211,9 @@ class ModelRunner:
 
 def _to_host(parts: list[BatchLogprobs]) -> list[PositionLogprobs]:
     return [position for part in parts for position in part.to_host() if position is not None]
+
+
+def _sampled_places(batch: ScheduledBatch) -> tuple[list[int], list[int]]:
+    """Rows of the chunks that draw, and the positions that their tokens will take."""
+    rows = [batch.rows[chunk] for chunk in batch.sampled_chunks]
+    return rows, [batch.starts[chunk] + batch.lengths[chunk] for chunk in batch.sampled_chunks]

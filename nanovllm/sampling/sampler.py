@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanovllm.engine.batch import RowSampling
 from nanovllm.sampling import filters
-from nanovllm.sampling.draw import GREEDY, LIMITS, Group, build_groups, draw, limits_of
+from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, build_groups, draw, limits_of
 from nanovllm.sampling.gumbel import draw_keys, stream_of, token_hashes
 from nanovllm.sampling.logprobs import BatchLogprobs, sampled_logprobs
 from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits
@@ -60,6 +60,13 @@ class Sampler:
         self._seated[row] = sampling
         self._columns[row] = (*limits, stream_of(sampling.seed), edits_logits(sampling), num_logprobs)
         self._plan = None
+
+    def plain_operands(self, rows: list[int], positions: list[int]) -> tuple[np.ndarray, np.ndarray, bool]:
+        """For `kernels/draw_token.py`: 1 / temperature [n] float32, keys [n] int32, and whether that kernel does it all."""
+        columns = self._columns[rows]
+        is_plain = columns["method"] <= FROM_ALL
+        is_plain &= (columns["min_p"] == 0) & ~columns["has_edits"] & (columns["num_logprobs"] < 0)
+        return columns["inverse_temperature"], draw_keys(columns["stream"], positions), bool(is_plain.all())
 
     def sample(self, logits: Tensor, rows: list[int], positions: list[int], token_table: Tensor) -> SampledTokens:
         """One token for each line of `logits`, [num_samples, vocab], which are left as they are.

@@ -1,0 +1,94 @@
+"""Greedy and temperature sampling of a whole batch in two small kernels, by the specification in `sampling/gumbel.py`.
+
+Here in the form argmax(logit / T - log(-log(u))), which needs no maximum first and so one pass over the logits; greedy
+rows have 1 / T = 0 and compare the logits alone. Each program reduces one tile of the vocabulary of one sample; a second
+kernel reduces the tiles, and writes the token to the output and into the row state, where the next step reads it.
+S samples, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.triton_language import tl, triton
+
+TILE = 4096
+
+
+def draw_tokens(
+    logits: Tensor,
+    inverse_temperature: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    token_table: Tensor,
+    token_ids: Tensor,
+) -> None:
+    """Write one token per sample to `token_ids`, [S] int64, and to `token_table[rows, positions]`.
+
+    logits: [S, V]; inverse_temperature: [S] float32; keys, rows, positions: [S] int32.
+    """
+    num_samples, vocab_size = logits.shape
+    num_tiles = triton.cdiv(vocab_size, TILE)
+    best = torch.empty(num_samples, num_tiles, dtype=torch.float32, device=logits.device)
+    best_id = torch.empty(num_samples, num_tiles, dtype=torch.int32, device=logits.device)
+    _reduce_tile_kernel[(num_samples, num_tiles)](
+        logits, inverse_temperature, keys, best, best_id, logits.stride(0), vocab_size, num_tiles, TILE, num_warps=8
+    )
+    _reduce_row_kernel[(num_samples,)](
+        best,
+        best_id,
+        rows,
+        positions,
+        token_table,
+        token_ids,
+        token_table.stride(0),
+        num_tiles,
+        triton.next_power_of_2(num_tiles),
+        num_warps=1,
+    )
+
+
+@triton.jit
+def _mix(x):
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def _reduce_tile_kernel(
+    logits_ptr, inverse_temperature_ptr, key_ptr, best_ptr, best_id_ptr, stride, vocab_size, num_tiles, TILE: tl.constexpr
+):
+    sample, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tile * TILE + tl.arange(0, TILE)
+    score = tl.load(logits_ptr + sample * stride + token, token < vocab_size, other=float("-inf")).to(tl.float32)
+    score = tl.where(score == score, score, float("-inf"))  # NaN never wins
+    inverse_temperature = tl.load(inverse_temperature_ptr + sample)
+    if inverse_temperature > 0.0:
+        key = tl.load(key_ptr + sample).to(tl.uint32, bitcast=True)
+        bits = _mix(_mix(token.to(tl.uint32)) + key)
+        u = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2 ** -23
+        score = score * inverse_temperature - tl.log(-tl.log(u))
+    best = tl.max(score, 0)
+    winner = tl.min(tl.where(score == best, token, 2147483647), 0)  # the lowest id among equals
+    tl.store(best_ptr + sample * num_tiles + tile, best)
+    tl.store(best_id_ptr + sample * num_tiles + tile, winner)
+
+
+@triton.jit
+def _reduce_row_kernel(
+    best_ptr, best_id_ptr, row_ptr, position_ptr, table_ptr, token_ptr, table_stride, num_tiles, BLOCK: tl.constexpr
+):
+    sample = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, BLOCK)
+    score = tl.load(best_ptr + sample * num_tiles + tile, tile < num_tiles, other=float("-inf"))
+    token = tl.load(best_id_ptr + sample * num_tiles + tile, tile < num_tiles, other=2147483647)
+    winner = tl.min(tl.where(score == tl.max(score, 0), token, 2147483647), 0)
+    tl.store(token_ptr + sample, winner.to(tl.int64))
+    row, position = tl.load(row_ptr + sample).to(tl.int64), tl.load(position_ptr + sample)
+    tl.store(table_ptr + row * table_stride + position, winner)

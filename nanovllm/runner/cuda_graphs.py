@@ -1,0 +1,211 @@
+"""CUDA graphs of whole steps: prompt chunks, decoding, output head and sampler, replayed as one launch.
+
+A graph has fixed shapes, so it is captured per *bucket*: a number of tokens T and of samples S. All that changes from
+step to step is in one int32 buffer of the bucket, filled on the host and copied before the replay: where each token
+is, which tokens draw, and the attention's work items. Unused places are padding: tokens without a row are not stored,
+work items without queries end at once, samples without a row draw into a spare row. Everything else (tokens, block
+tables) is read from the row state on the device.
+
+`replay` returns None where no bucket fits, and the caller runs the step eagerly. Owns the buckets and the capture;
+what a step computes is `ModelRunner.forward_step`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.attention.triton_paged import ITEM_FIELDS, TritonAttention, TritonPlan, plan_decodes, plan_prompts
+from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.log import logger
+
+
+@dataclass(slots=True)
+class StepTensors:
+    """One step on the device; views of one buffer. All int32 but inverse_temperature, whose bits are float32."""
+
+    token_rows: Tensor  # [T], -1 for padding
+    positions: Tensor  # [T]
+    sample_tokens: Tensor  # [S], places among the tokens
+    sample_rows: Tensor  # [S]
+    sample_positions: Tensor  # [S], that the drawn tokens take
+    inverse_temperature: Tensor  # [S] float32, 0 for greedy
+    keys: Tensor  # [S]
+    plan: TritonPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Sizes of a graph. A bucket for decoding has no prompt items and as many samples as tokens."""
+
+    num_tokens: int
+    num_samples: int
+    num_prompt_items: int
+    num_decode_items: int
+
+    @property
+    def is_decode(self) -> bool:
+        return self.num_prompt_items == 0
+
+    def sections(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the buffer's parts, in order."""
+        tokens, samples = self.num_tokens, self.num_samples
+        return [
+            ("token_rows", (tokens,)),
+            ("positions", (tokens,)),
+            ("sample_tokens", (samples,)),
+            ("sample_rows", (samples,)),
+            ("sample_positions", (samples,)),
+            ("inverse_temperature", (samples,)),
+            ("keys", (samples,)),
+            ("decode_items", (self.num_decode_items, ITEM_FIELDS)),
+            ("combine", (samples, 3)),
+            ("prompt_items", (self.num_prompt_items, ITEM_FIELDS)),
+        ]
+
+
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, then every 8 up to 64, every 16 up to 256, every 64 beyond; the last is always `max_num_seqs`."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 1, 64)]
+    return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
+
+
+def mixed_sizes(max_tokens: int) -> list[int]:
+    """Powers of two and their three-quarter points from 64 on; the last is always `max_tokens`."""
+    sizes = [size for power in range(6, 20) for size in (1 << power, 3 << (power - 1))]
+    return sorted({size for size in sizes if size < max_tokens} | {max_tokens})
+
+
+class CudaGraphs:
+    def __init__(
+        self,
+        forward_step: Callable[[StepTensors, Tensor], Tensor],
+        backend: TritonAttention,
+        block_tables: Tensor,
+        *,
+        max_num_seqs: int,
+        max_tokens: int,
+        spare_row: int,
+    ) -> None:
+        self.forward_step = forward_step
+        self.backend = backend
+        self.block_tables = block_tables
+        self.spare_row = spare_row
+        self.device = block_tables.device
+        extra = backend.max_extra_items
+        self.decode_buckets = [Bucket(size, size, 0, size + extra) for size in decode_sizes(max_num_seqs)]
+        self.mixed_buckets = [self._mixed_bucket(size, min(size, max_num_seqs), extra) for size in mixed_sizes(max_tokens)]
+        self._buffers: dict[Bucket, Tensor] = {}
+        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def _mixed_bucket(self, num_tokens: int, num_samples: int, extra: int) -> Bucket:
+        return Bucket(num_tokens, num_samples, num_tokens // self.backend.prompt_tile + num_samples, num_samples + extra)
+
+    # --- capture
+
+    def capture_all(self) -> None:
+        """Smallest first. Running out of memory drops the larger buckets; another failure drops them all."""
+        started = time.perf_counter()
+        for bucket in [*self.decode_buckets, *self.mixed_buckets]:
+            try:
+                self._capture(bucket)
+            except torch.OutOfMemoryError:
+                logger.warning("no memory for the CUDA graph of %d tokens: larger steps run eagerly", bucket.num_tokens)
+                torch.cuda.empty_cache()
+                break
+            except RuntimeError as error:
+                logger.warning("CUDA graphs are off, steps run eagerly: %s", error)
+                self._graphs.clear()
+                break
+        logger.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.perf_counter() - started)
+
+    def _capture(self, bucket: Bucket) -> None:
+        buffer = torch.from_numpy(self._empty(bucket)[0]).to(self.device)
+        tensors = self._views(bucket, buffer)
+        token_ids = torch.zeros(bucket.num_samples, dtype=torch.int64, device=self.device)
+        self.forward_step(tensors, token_ids)  # compiles the kernels, and lets libraries allocate
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = self.forward_step(tensors, token_ids)
+        self._buffers[bucket] = buffer
+        self._graphs[bucket] = graph, logits, token_ids
+
+    def _empty(self, bucket: Bucket) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A host buffer of padding, and its parts by name."""
+        total = sum(int(np.prod(shape)) for _, shape in bucket.sections())
+        buffer = np.zeros(total, dtype=np.int32)
+        parts, offset = {}, 0
+        for name, shape in bucket.sections():
+            size = int(np.prod(shape))
+            parts[name] = buffer[offset : offset + size].reshape(shape)
+            offset += size
+        parts["token_rows"][:] = -1
+        parts["sample_rows"][:] = self.spare_row
+        return buffer, parts
+
+    def _views(self, bucket: Bucket, buffer: Tensor) -> StepTensors:
+        parts, offset = {}, 0
+        for name, shape in bucket.sections():
+            size = int(np.prod(shape))
+            parts[name] = buffer[offset : offset + size].view(shape)
+            offset += size
+        plan = TritonPlan(
+            self.block_tables, parts.pop("decode_items"), parts.pop("combine"), parts.pop("prompt_items"), num_partials=1
+        )
+        parts["inverse_temperature"] = parts["inverse_temperature"].view(torch.float32)
+        return StepTensors(**parts, plan=plan)
+
+    # --- replay
+
+    def replay(self, batch: ScheduledBatch, inverse_temperature: np.ndarray, keys: np.ndarray) -> tuple[Tensor, Tensor] | None:
+        """(logits, token_ids) of the step's samples, in static buffers; None when no captured bucket fits.
+
+        inverse_temperature: [num_samples] float32; keys: [num_samples] int32.
+        """
+        bucket = self._find(batch)
+        if bucket is None:
+            return None
+        host, parts = self._empty(bucket)
+        self._fill(parts, batch)
+        parts["inverse_temperature"][: len(keys)] = inverse_temperature.view(np.int32)
+        parts["keys"][: len(keys)] = keys
+        self._buffers[bucket].copy_(torch.from_numpy(host).pin_memory(), non_blocking=True)
+        graph, logits, token_ids = self._graphs[bucket]
+        graph.replay()
+        return logits[: len(keys)], token_ids[: len(keys)]
+
+    def _find(self, batch: ScheduledBatch) -> Bucket | None:
+        num_tokens, num_chunks = sum(batch.lengths), len(batch.lengths)
+        buckets = self.decode_buckets if num_tokens == num_chunks == len(batch.sampled_chunks) else self.mixed_buckets
+        for bucket in buckets:
+            if bucket.num_tokens >= num_tokens and bucket.num_samples >= num_chunks and bucket in self._graphs:
+                return bucket
+        return None
+
+    def _fill(self, parts: dict[str, np.ndarray], batch: ScheduledBatch) -> None:
+        rows, starts, lengths = np.array(batch.rows), np.array(batch.starts), np.array(batch.lengths)
+        ends = np.cumsum(lengths)
+        first_tokens = ends - lengths
+        num_tokens = int(ends[-1])
+        parts["token_rows"][:num_tokens] = np.repeat(rows, lengths)
+        parts["positions"][:num_tokens] = np.arange(num_tokens) + np.repeat(starts - first_tokens, lengths)
+        chunks, num_samples = batch.sampled_chunks, len(batch.sampled_chunks)
+        parts["sample_tokens"][:num_samples] = ends[chunks] - 1
+        parts["sample_rows"][:num_samples] = rows[chunks]
+        parts["sample_positions"][:num_samples] = (starts + lengths)[chunks]
+        one = lengths == 1
+        if one.any():
+            items, combine = plan_decodes(starts[one], first_tokens[one], rows[one], self.backend.max_extra_items)
+            parts["decode_items"][: len(items)] = items
+            parts["combine"][: len(combine)] = combine
+        if not one.all():
+            many = ~one
+            items = plan_prompts(starts[many], lengths[many], first_tokens[many], rows[many], self.backend.prompt_tile)
+            parts["prompt_items"][: len(items)] = items
