@@ -61,7 +61,7 @@ class EngineConfig:
     num_steps_ahead: int | None = None  # steps dispatched before the oldest result is needed; None: 1 on a GPU, 0 on a CPU
 
     # --- KV cache and memory
-    block_size: int = 16  # tokens per KV block
+    block_size: int | None = None  # tokens per KV block; None: 16 on a CPU, 64 on a GPU
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float | None = None  # share of the device's memory to use; None: 0.9 on a GPU, 0.5 on a CPU
     kv_cache_memory_bytes: int | None = None  # absolute size of the KV cache, bytes; overrides the share
@@ -117,10 +117,10 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
     def _check_numbers(self) -> None:
-        at_least_one = ("max_num_seqs", "block_size", "tensor_parallel_size")
+        at_least_one = ("max_num_seqs", "tensor_parallel_size")
         for name in at_least_one:
             self._check_int(name, 1)
-        for name in ("max_num_batched_tokens", "max_prompt_chunk", "kv_cache_memory_bytes", "num_kv_blocks", "num_threads"):
+        for name in ("block_size", "max_num_batched_tokens", "max_prompt_chunk", "kv_cache_memory_bytes", "num_kv_blocks", "num_threads"):
             if getattr(self, name) is not None:
                 self._check_int(name, 1)
         if self.max_model_len is not None:

@@ -236,6 +236,7 @@ def resolve(config: EngineConfig, platform: Platform, spec: ModelSpec) -> tuple[
     config = config.with_changes(
         dtype=str(dtype).removeprefix("torch."),
         device=platform.device.type,
+        block_size=config.block_size or platform.default_block_size,
         max_num_batched_tokens=token_budget,
         num_steps_ahead=steps_ahead,
         gpu_memory_utilization=share,

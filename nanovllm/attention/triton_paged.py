@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanovllm.attention.base import AttentionInputs, AttentionSpec, HeadNorm, Rotary
 from nanovllm.kernels.rotary import rotate_and_store
-from nanovllm.kernels.triton_language import tl, triton
+from nanovllm.kernels.triton_language import TensorDescriptor, gdc_launch_dependents, gdc_wait, tl, triton
 
 ITEM_FIELDS = 7  # first token, number of queries, table row, position of the first query, context begin, end, partial slot
 LOG2_E = 1.4426950408889634
@@ -111,46 +111,30 @@ class TritonAttention:
         """query: [N, H, D] -> [N, H * D]."""
         out = torch.empty_like(query)
         if len(plan.prompt_items):
-            attend_items(query, kv_cache, out, plan.block_tables, plan.prompt_items, None, None, self.spec, self.prompt_rows)
+            attend_prompts(query, kv_cache, out, plan, self.spec, self.prompt_rows)
         if len(plan.decode_items):
-            slots = len(plan.decode_items)
-            shape = slots, self.spec.num_heads, self.spec.head_dim
+            shape = len(plan.decode_items), self.spec.num_heads, self.spec.head_dim
             partial = torch.empty(shape, dtype=torch.float32, device=query.device)
             weight = torch.empty(shape[:2], dtype=torch.float32, device=query.device)  # log2 of the sum of exponentials
-            rows = max(16, triton.next_power_of_2(self.spec.group_size))
-            attend_items(query, kv_cache, out, plan.block_tables, plan.decode_items, partial, weight, self.spec, rows)
-            if plan.num_partials:
-                combine_partials(partial, weight, plan.combine, out)
+            attend_decodes(query, kv_cache, out, plan, partial, weight, self.spec)
         return out.flatten(1)
 
 
-def attend_items(
-    query: Tensor,
-    kv_cache: Tensor,
-    out: Tensor,
-    block_tables: Tensor,
-    items: Tensor,
-    partial: Tensor | None,
-    partial_weight: Tensor | None,
-    spec: AttentionSpec,
-    num_rows: int,
-    tile_keys: int | None = None,
-    num_warps: int | None = None,
-    num_stages: int | None = None,
+def attend_decodes(
+    query: Tensor, kv_cache: Tensor, out: Tensor, plan: TritonPlan, partial: Tensor, weight: Tensor, spec: AttentionSpec
 ) -> None:
-    """Launch the kernel over `items`; `num_rows` is the M of a tile, at least 16. Tile sizes were measured on an H200."""
-    is_decode = partial is not None
-    is_wide = spec.head_dim > 128 or query.dtype == torch.float32
-    _attend_kernel[(len(items), spec.num_kv_heads)](
+    """Tiles of one query each, padded to 16 rows for the matrix units. Tile sizes were measured on an H200."""
+    is_small = len(query) <= 16 and query.is_cuda
+    _decode_kernel[(len(plan.decode_items), spec.num_kv_heads)](
         query,
-        kv_cache,
-        kv_cache.select(0, 1),
+        kv_cache[0],
+        kv_cache[1],
         out,
-        block_tables,
-        items,
-        partial if partial is not None else out,
-        partial_weight if partial_weight is not None else out,
-        block_tables.stride(0),
+        plan.block_tables,
+        plan.decode_items,
+        partial,
+        weight,
+        plan.block_tables.stride(0),
         spec.scale * LOG2_E,
         spec.num_heads,
         spec.num_kv_heads,
@@ -158,81 +142,118 @@ def attend_items(
         spec.head_dim,
         triton.next_power_of_2(spec.head_dim),
         spec.block_size,
+        max(16, triton.next_power_of_2(spec.group_size)),
+        32 if spec.head_dim > 128 or query.dtype == torch.float32 else 64,
+        is_small,
+        num_warps=4,
+        num_stages=2,
+        launch_pdl=is_small,
+    )
+    if plan.num_partials:
+        _combine_kernel[(len(plan.combine), spec.num_heads)](
+            partial,
+            weight,
+            plan.combine,
+            out,
+            spec.num_heads,
+            spec.head_dim,
+            triton.next_power_of_2(spec.head_dim),
+            is_small,
+            num_warps=1,
+            launch_pdl=is_small,
+        )
+
+
+def attend_prompts(
+    query: Tensor, kv_cache: Tensor, out: Tensor, plan: TritonPlan, spec: AttentionSpec, num_rows: int
+) -> None:
+    """Tiles of `num_rows` query rows. Keys come through the tensor memory accelerator where a tile is one block."""
+    num_keys = 32 if query.dtype == torch.float32 or spec.head_dim > 128 else 64
+    width = triton.next_power_of_2(spec.head_dim)
+    by_tma = query.is_cuda and query.element_size() == 2 and spec.block_size % num_keys == 0 and width == spec.head_dim
+    key, value = kv_cache[0], kv_cache[1]
+    descriptors = (key, value)
+    if by_tma:
+        lines = key.numel() // width
+        descriptors = tuple(TensorDescriptor(part, [lines, width], [width, 1], [num_keys, width]) for part in (key, value))
+    _prompt_kernel[(spec.num_kv_heads, len(plan.prompt_items))](
+        query,
+        key,
+        value,
+        *descriptors,
+        out,
+        plan.block_tables,
+        plan.prompt_items,
+        plan.block_tables.stride(0),
+        spec.scale * LOG2_E,
+        spec.num_heads,
+        spec.num_kv_heads,
+        spec.group_size,
+        spec.head_dim,
+        width,
+        spec.block_size,
         num_rows,
-        tile_keys or (32 if is_wide else 64 if is_decode else 128),
-        is_decode,
-        num_warps=num_warps or (4 if is_decode else 8),
-        num_stages=num_stages or (2 if is_decode or is_wide else 3),
+        num_keys,
+        by_tma,
+        num_warps=4,
+        num_stages=2,
     )
 
 
-def combine_partials(partial: Tensor, weight: Tensor, combine: Tensor, out: Tensor) -> None:
-    num_heads, head_dim = out.shape[1:]
-    block = triton.next_power_of_2(head_dim)
-    _combine_kernel[(len(combine), num_heads)](partial, weight, combine, out, num_heads, head_dim, block, num_warps=1)
-
-
 @triton.jit
-def _attend_kernel(
+def _decode_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, table_ptr, item_ptr, partial_ptr, weight_ptr, table_stride, scale,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, IS_DECODE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     item_ptr += tl.program_id(0) * 7
     kv_head = tl.program_id(1)
-    num_queries = tl.load(item_ptr + 1)
-    if num_queries == 0:
+    if tl.load(item_ptr + 1) == 0:
         return
-    first_token, table_row = tl.load(item_ptr).to(tl.int64), tl.load(item_ptr + 2).to(tl.int64)
-    first_position = tl.load(item_ptr + 3)
+    token, table_row = tl.load(item_ptr).to(tl.int64), tl.load(item_ptr + 2).to(tl.int64)
     begin, end = tl.load(item_ptr + 4), tl.load(item_ptr + 5)
-
-    row = tl.arange(0, M)  # query row // G, head row % G
-    column = tl.arange(0, BLOCK_D)
-    is_row = row < num_queries * G
-    row_place = (first_token + row // G) * H + kv_head * G + row % G  # of a [D] vector in query and out
-    row_mask = is_row[:, None] & (column < D)[None, :]
-    query = tl.load(query_ptr + row_place[:, None] * D + column[None, :], row_mask, other=0.0)  # [M, D]
-    position = first_position + row // G  # [M]
-
+    head, column = tl.arange(0, M), tl.arange(0, BLOCK_D)
+    mask = (head < G)[:, None] & (column < D)[None, :]
+    place = ((token * H + kv_head * G + head) * D)[:, None] + column[None, :]  # in query and out
+    query = tl.load(query_ptr + place, mask, other=0.0)  # [M, D]
     running_max = tl.full([M], float("-inf"), tl.float32)
     running_sum = tl.zeros([M], tl.float32)
     total = tl.zeros([M, BLOCK_D], tl.float32)
     table_ptr += table_row * table_stride
     for first_key in range(begin, end, N):
-        key_position = first_key + tl.arange(0, N)
-        is_key = key_position < end
-        block_id = tl.load(table_ptr + key_position // PAGE, is_key, other=0).to(tl.int64)
-        place = ((block_id * K + kv_head) * PAGE + key_position % PAGE) * D  # [N]
-        key = tl.load(key_ptr + place[None, :] + column[:, None], is_key[None, :] & (column < D)[:, None], other=0.0)  # [D, N]
-        value = tl.load(
-            value_ptr + place[:, None] + column[None, :], is_key[:, None] & (column < D)[None, :], other=0.0
-        )  # [N, D]
+        position = first_key + tl.arange(0, N)
+        is_key = position < end
+        block_id = tl.load(table_ptr + position // PAGE, is_key, other=0).to(tl.int64)
+        source = ((block_id * K + kv_head) * PAGE + position % PAGE) * D  # [N]
+        key = tl.load(key_ptr + source[None, :] + column[:, None], is_key[None, :] & (column < D)[:, None], other=0.0)
+        value = tl.load(value_ptr + source[:, None] + column[None, :], is_key[:, None] & (column < D)[None, :], other=0.0)
         scores = tl.dot(query, key, input_precision="ieee") * scale  # [M, N]
-        visible = is_key[None, :]
-        if not IS_DECODE:
-            visible = visible & (key_position[None, :] <= position[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
+        scores = tl.where(is_key[None, :], scores, float("-inf"))
         new_max = tl.maximum(running_max, tl.max(scores, 1))
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that see nothing yet
-        correction = tl.exp2(running_max - safe_max)
-        weights = tl.exp2(scores - safe_max[:, None])
+        correction, weights = tl.exp2(running_max - new_max), tl.exp2(scores - new_max[:, None])
         running_sum = running_sum * correction + tl.sum(weights, 1)
         total = total * correction[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         running_max = new_max
-
     result = total / running_sum[:, None]
     slot = tl.load(item_ptr + 6).to(tl.int64)
-    if IS_DECODE and slot >= 0:
-        slot_place = slot * H + kv_head * G + row
-        tl.store(partial_ptr + slot_place[:, None] * D + column[None, :], result, row_mask)
-        tl.store(weight_ptr + slot_place, running_max + tl.log2(running_sum), is_row)
+    if slot >= 0:
+        line = slot * H + kv_head * G + head
+        tl.store(partial_ptr + (line * D)[:, None] + column[None, :], result, mask)
+        tl.store(weight_ptr + line, running_max + tl.log2(running_sum), head < G)
     else:
-        tl.store(out_ptr + row_place[:, None] * D + column[None, :], result.to(out_ptr.dtype.element_ty), row_mask)
+        tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
-def _combine_kernel(partial_ptr, weight_ptr, combine_ptr, out_ptr, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def _combine_kernel(
+    partial_ptr, weight_ptr, combine_ptr, out_ptr, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     combine_ptr += tl.program_id(0) * 3
     count = tl.load(combine_ptr + 2)
     if count == 0:
@@ -254,3 +275,52 @@ def _combine_kernel(partial_ptr, weight_ptr, combine_ptr, out_ptr, H: tl.constex
         running_max = new_max
     result = total / running_sum
     tl.store(out_ptr + (token * H + head) * D + column, result.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _prompt_kernel(
+    query_ptr, key_ptr, value_ptr, key_descriptor, value_descriptor, out_ptr, table_ptr, item_ptr, table_stride, scale,
+    H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(0)
+    item_ptr += tl.program_id(1) * 7
+    num_queries = tl.load(item_ptr + 1)
+    if num_queries == 0:
+        return
+    token, table_row = tl.load(item_ptr).to(tl.int64), tl.load(item_ptr + 2).to(tl.int64)
+    first_position, end = tl.load(item_ptr + 3), tl.load(item_ptr + 5)
+    row, column = tl.arange(0, M), tl.arange(0, BLOCK_D)  # query row // G, head row % G
+    mask = (row < num_queries * G)[:, None] & (column < D)[None, :]
+    place = (((token + row // G) * H + kv_head * G + row % G) * D)[:, None] + column[None, :]  # in query and out
+    query = tl.load(query_ptr + place, mask, other=0.0)  # [M, D]
+    position = first_position + row // G  # [M]
+    running_max = tl.full([M], -1e30, tl.float32)
+    running_sum = tl.zeros([M], tl.float32)
+    total = tl.zeros([M, BLOCK_D], tl.float32)
+    table_ptr += table_row * table_stride
+    all_see = first_position // N * N  # keys before it are visible to every query of the tile
+    for stage in tl.static_range(2):
+        for first_key in range(0 if stage == 0 else all_see, all_see if stage == 0 else end, N):
+            key_position = first_key + tl.arange(0, N)
+            if TMA:  # the tile lies in one block
+                line = ((tl.load(table_ptr + first_key // PAGE) * K + kv_head) * PAGE + first_key % PAGE).to(tl.int32)
+                key = key_descriptor.load([line, 0]).T  # [D, N]
+                value = value_descriptor.load([line, 0])  # [N, D]
+            else:
+                is_key = key_position < end
+                block_id = tl.load(table_ptr + key_position // PAGE, is_key, other=0).to(tl.int64)
+                source = ((block_id * K + kv_head) * PAGE + key_position % PAGE) * D  # [N]
+                key_mask = is_key[None, :] & (column < D)[:, None]
+                key = tl.load(key_ptr + source[None, :] + column[:, None], key_mask, other=0.0)
+                value_mask = is_key[:, None] & (column < D)[None, :]
+                value = tl.load(value_ptr + source[:, None] + column[None, :], value_mask, other=0.0)
+            scores = tl.dot(query, key, input_precision="ieee")  # [M, N]
+            if stage == 1:
+                scores = tl.where(key_position[None, :] <= position[:, None], scores, float("-inf"))
+            new_max = tl.maximum(running_max, tl.max(scores, 1) * scale)
+            correction, weights = tl.exp2(running_max - new_max), tl.exp2(scores * scale - new_max[:, None])
+            running_sum = running_sum * correction + tl.sum(weights, 1)
+            total = tl.dot(weights.to(value.dtype), value, total * correction[:, None], input_precision="ieee")
+            running_max = new_max
+    tl.store(out_ptr + place, (total / running_sum[:, None]).to(out_ptr.dtype.element_ty), mask)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.triton_language import tl, triton
+from nanovllm.kernels.triton_language import gdc_launch_dependents, gdc_wait, tl, triton
 
 
 def apply_rotary(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
@@ -43,6 +43,7 @@ def rotate_and_store(
     query = heads.new_empty(num_tokens, num_heads, head_dim)
     weight, eps = head_norm if head_norm is not None else (heads, 0.0)
     heads_per_program = 1 if num_tokens <= 64 else 8
+    is_small = num_tokens <= 16 and heads.is_cuda
     _rotate_and_store_kernel[(num_tokens, triton.cdiv(total_heads, heads_per_program))](
         heads,
         weight,
@@ -61,7 +62,9 @@ def rotate_and_store(
         heads_per_program,
         kv_cache.shape[3],
         head_norm is not None,
+        is_small,
         num_warps=1 if heads_per_program == 1 else 4,
+        launch_pdl=is_small,
     )
     return query
 
@@ -70,8 +73,11 @@ def rotate_and_store(
 def _rotate_and_store_kernel(
     heads_ptr, weight_ptr, cos_ptr, sin_ptr, query_ptr, cache_ptr, slot_ptr, token_stride, value_offset, eps,
     H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr,
-    NORM: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]  # [GROUP, 1]
     pair = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]

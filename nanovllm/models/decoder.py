@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nanovllm.forward_context import ForwardContext
 from nanovllm.kernels.activation import silu_and_mul
+from nanovllm.kernels.one_token import can_fuse, norm_product, product_add, silu_product_add
 from nanovllm.layers.embedding import OutputHead, VocabEmbedding, VocabTable
 from nanovllm.layers.linear import ColumnParallelLinear, QKVLinear, RowParallelLinear
 from nanovllm.layers.norm import QKNorm, RMSNorm
@@ -40,11 +41,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """[N, hidden_size] -> [N, hidden_size]."""
-        heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)  # [N, H + 2 K, D]
+        return self.o_proj(self.attend(self.qkv_proj(x), context))
+
+    def attend(self, qkv: Tensor, context: ForwardContext) -> Tensor:
+        """[N, (H + 2 K) * D] -> [N, H * D]."""
+        heads = qkv.view(len(qkv), -1, self.head_dim)  # [N, H + 2 K, D]
         head_norm = self.qk_norm.as_head_norm() if self.qk_norm is not None else None
         kv_cache = context.kv_caches[self.layer]
         query = context.backend.rotate_and_store(heads, head_norm, context.rotary, kv_cache, context.slot_mapping)
-        return self.o_proj(context.backend.attend(query, kv_cache, context.attention_plan))
+        return context.backend.attend(query, kv_cache, context.attention_plan)
 
 
 class FeedForward(nn.Module):
@@ -73,6 +78,15 @@ class DecoderLayer(nn.Module):
         x = self.self_attn(x, context)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual  # type: ignore[return-value]  # a norm always returns one
+
+    def forward_one_token(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """The same for a step of one token, with the norms, SiLU and additions inside the products. x: [1, hidden_size]."""
+        attention, mlp, norm = self.self_attn, self.mlp, self.input_layernorm
+        qkv = norm_product(x, norm.weight, norm.eps, attention.qkv_proj.weight, attention.qkv_proj.bias)  # type: ignore[arg-type]
+        x = product_add(attention.attend(qkv, context), attention.o_proj.weight, x)  # type: ignore[arg-type]
+        norm = self.post_attention_layernorm
+        gate_up = norm_product(x, norm.weight, norm.eps, mlp.gate_up_proj.weight)  # type: ignore[arg-type]
+        return silu_product_add(gate_up, mlp.down_proj.weight, x)  # type: ignore[arg-type]
 
 
 class Decoder(nn.Module):
@@ -107,6 +121,10 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, context: ForwardContext) -> Tensor:
         """input_ids: [N] -> final hidden states [N, hidden_size]."""
         x, residual = self.embed_tokens(input_ids), None
+        if self.group.size == 1 and not self.spec.output_bias and can_fuse(x):
+            for layer in self.layers:
+                x = layer.forward_one_token(x, context)  # type: ignore[operator]
+            return self.norm(x, None)[0]
         for layer in self.layers:
             x, residual = layer(x, residual, context)
         return self.norm(x, residual)[0]

@@ -22,6 +22,7 @@ class DeviceMemory:
 class Platform(Protocol):
     device: torch.device
     default_memory_share: float  # of the device's memory, when the user does not say
+    default_block_size: int
     default_token_budget: int
     default_steps_ahead: int
 

@@ -19,6 +19,7 @@ KEEP_BYTES = 1 << 30
 
 class CpuPlatform:
     default_memory_share = 0.5
+    default_block_size = 16  # tokens
     default_token_budget = 2048
     default_steps_ahead = 0  # the forward pass runs in the caller's thread: there is nothing to overlap with
 

@@ -10,6 +10,7 @@ from nanovllm.platforms.base import DeviceMemory
 
 class CudaPlatform:
     default_memory_share = 0.9
+    default_block_size = 64  # tokens
     default_token_budget = 8192
     default_steps_ahead = 1
 
