@@ -2,8 +2,8 @@
 
 A *work item* is a tile of queries of one sequence against a range of its context, for one KV head. The G query heads
 that share the KV head are rows of the tile, so each key and value is read once for all of them. A decoding sequence
-with a long context is split into several items whose partial results a second kernel combines (Flash-Decoding, Dao et
-al. 2023); the softmax is the on-line one (Milakov and Gimelshein 2018). The host plans the items once per step from
+with a long context is split into several items, and the last of them to finish combines the partial results
+(Flash-Decoding, Dao et al. 2023); the softmax is the on-line one (Milakov and Gimelshein 2018). The host plans the items once per step from
 lengths that it knows; every layer reuses the plan. Items are ordered longest first, so that the last wave is short.
 
 M query rows of a tile, N keys of a tile, G group size, K KV heads, D head size, PAGE block size.
@@ -20,9 +20,12 @@ from torch import Tensor
 
 from nanovllm.attention.base import AttentionInputs, AttentionSpec, HeadNorm, Rotary
 from nanovllm.kernels.rotary import rotate_and_store
+from nanovllm.kernels.upload import upload
 from nanovllm.kernels.triton_language import TensorDescriptor, gdc_launch_dependents, gdc_wait, tl, triton
 
-ITEM_FIELDS = 7  # first token, number of queries, table row, position of the first query, context begin, end, partial slot
+# Of a work item: first token, number of queries, table row, position of the first query, context begin and end, slot of
+# its partial result (-1: it has the whole context), first slot and number of the partial results to combine.
+ITEM_FIELDS = 9
 LOG2_E = 1.4426950408889634
 MIN_SPLIT = 64  # context tokens of the smallest split
 PROGRAMS_PER_SM = 4  # that splitting aims at when there are few sequences
@@ -34,13 +37,11 @@ class TritonPlan:
 
     block_tables: Tensor  # [max_num_seqs, max_blocks]
     decode_items: Tensor  # [num_items, ITEM_FIELDS]
-    combine: Tensor  # [num_decodes, 3] token, first partial slot, number of partials (0: nothing to combine)
     prompt_items: Tensor  # [num_items, ITEM_FIELDS]
-    num_partials: int
 
 
-def plan_decodes(starts: np.ndarray, tokens: np.ndarray, rows: np.ndarray, max_extra_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items and combine entries of sequences with one new token. All [num_decodes]: position, flat token, table row.
+def plan_decodes(starts: np.ndarray, tokens: np.ndarray, rows: np.ndarray, max_extra_items: int) -> np.ndarray:
+    """Items of sequences with one new token. All [num_decodes]: position, flat token, table row.
 
     The split length makes at most `max_extra_items` items more than there are sequences.
     """
@@ -54,9 +55,8 @@ def plan_decodes(starts: np.ndarray, tokens: np.ndarray, rows: np.ndarray, max_e
     begin = number * split
     end = np.minimum(begin + split, context[owner])
     slot = np.where(num_splits[owner] > 1, first_slot[owner] + number, -1)
-    items = np.stack([tokens[owner], np.ones_like(owner), rows[owner], starts[owner], begin, end, slot], axis=1)
-    combine = np.stack([tokens, first_slot, np.where(num_splits > 1, num_splits, 0)], axis=1)
-    return items[np.argsort(begin - end, kind="stable")].astype(np.int32), combine.astype(np.int32)
+    columns = [tokens[owner], np.ones_like(owner), rows[owner], starts[owner], begin, end, slot, first_slot[owner], num_splits[owner]]
+    return np.stack(columns, axis=1)[np.argsort(begin - end, kind="stable")].astype(np.int32)
 
 
 def plan_prompts(starts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, rows: np.ndarray, tile: int) -> np.ndarray:
@@ -67,8 +67,8 @@ def plan_prompts(starts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, ro
     count = np.minimum(tile, lengths[owner] - offset)
     position = starts[owner] + offset
     zeros = np.zeros_like(owner)
-    items = np.stack([tokens[owner] + offset, count, rows[owner], position, zeros, position + count, zeros - 1], axis=1)
-    return items[np.argsort(-items[:, 5], kind="stable")].astype(np.int32)
+    columns = [tokens[owner] + offset, count, rows[owner], position, zeros, position + count, zeros - 1, zeros, zeros]
+    return np.stack(columns, axis=1)[np.argsort(-position - count, kind="stable")].astype(np.int32)
 
 
 class TritonAttention:
@@ -76,6 +76,8 @@ class TritonAttention:
         self.spec, self.dtype, self.device = spec, dtype, device
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         self.max_extra_items = max(1, num_sms * PROGRAMS_PER_SM // spec.num_kv_heads)
+        # How many of a sequence's items have finished; every launch leaves zeros behind.
+        self._arrivals = torch.zeros(0, spec.num_kv_heads, dtype=torch.int32, device=device)
         self.prompt_rows = 128 if dtype != torch.float32 else 32
         self.prompt_tile = max(1, self.prompt_rows // spec.group_size)
 
@@ -96,16 +98,9 @@ class TritonAttention:
         rows = np.array(inputs.rows)
         one, many = lengths == 1, lengths > 1
         empty = np.zeros((0, ITEM_FIELDS), dtype=np.int32)
-        decode_items, combine = empty, np.zeros((0, 3), dtype=np.int32)
-        if one.any():
-            decode_items, combine = plan_decodes(starts[one], tokens[one], rows[one], self.max_extra_items)
-        prompt_items = (
-            plan_prompts(starts[many], lengths[many], tokens[many], rows[many], self.prompt_tile) if many.any() else empty
-        )
-        upload = lambda array: torch.from_numpy(array).to(self.device, non_blocking=True)  # noqa: E731
-        return TritonPlan(
-            inputs.block_tables, upload(decode_items), upload(combine), upload(prompt_items), int((decode_items[:, 6] >= 0).sum())
-        )
+        decodes = plan_decodes(starts[one], tokens[one], rows[one], self.max_extra_items) if one.any() else empty
+        prompts = plan_prompts(starts[many], lengths[many], tokens[many], rows[many], self.prompt_tile) if many.any() else empty
+        return TritonPlan(inputs.block_tables, upload(decodes, self.device), upload(prompts, self.device))
 
     def attend(self, query: Tensor, kv_cache: Tensor, plan: TritonPlan) -> Tensor:
         """query: [N, H, D] -> [N, H * D]."""
@@ -113,18 +108,25 @@ class TritonAttention:
         if len(plan.prompt_items):
             attend_prompts(query, kv_cache, out, plan, self.spec, self.prompt_rows)
         if len(plan.decode_items):
-            shape = len(plan.decode_items), self.spec.num_heads, self.spec.head_dim
-            partial = torch.empty(shape, dtype=torch.float32, device=query.device)
-            weight = torch.empty(shape[:2], dtype=torch.float32, device=query.device)  # log2 of the sum of exponentials
-            attend_decodes(query, kv_cache, out, plan, partial, weight, self.spec)
+            self.reserve(len(plan.decode_items))
+            attend_decodes(query, kv_cache, out, plan, self._arrivals, self.spec)
         return out.flatten(1)
 
 
+    def reserve(self, num_items: int) -> None:
+        """Room for steps of so many decode items. Captured graphs keep the address: reserve before capturing."""
+        if len(self._arrivals) < num_items:
+            self._arrivals = torch.zeros(num_items, self.spec.num_kv_heads, dtype=torch.int32, device=self.device)
+
+
 def attend_decodes(
-    query: Tensor, kv_cache: Tensor, out: Tensor, plan: TritonPlan, partial: Tensor, weight: Tensor, spec: AttentionSpec
+    query: Tensor, kv_cache: Tensor, out: Tensor, plan: TritonPlan, arrivals: Tensor, spec: AttentionSpec
 ) -> None:
     """Tiles of one query each, padded to 16 rows for the matrix units. Tile sizes were measured on an H200."""
-    is_small = len(query) <= 16 and query.is_cuda
+    use_pdl = len(query) <= 512 and query.is_cuda
+    shape = len(plan.decode_items), spec.num_heads, spec.head_dim
+    partial = torch.empty(shape, dtype=torch.float32, device=query.device)
+    weight = torch.empty(shape[:2], dtype=torch.float32, device=query.device)  # log2 of the sum of exponentials
     _decode_kernel[(len(plan.decode_items), spec.num_kv_heads)](
         query,
         kv_cache[0],
@@ -134,6 +136,7 @@ def attend_decodes(
         plan.decode_items,
         partial,
         weight,
+        arrivals,
         plan.block_tables.stride(0),
         spec.scale * LOG2_E,
         spec.num_heads,
@@ -144,24 +147,11 @@ def attend_decodes(
         spec.block_size,
         max(16, triton.next_power_of_2(spec.group_size)),
         32 if spec.head_dim > 128 or query.dtype == torch.float32 else 64,
-        is_small,
+        use_pdl,
         num_warps=4,
         num_stages=2,
-        launch_pdl=is_small,
+        launch_pdl=use_pdl,
     )
-    if plan.num_partials:
-        _combine_kernel[(len(plan.combine), spec.num_heads)](
-            partial,
-            weight,
-            plan.combine,
-            out,
-            spec.num_heads,
-            spec.head_dim,
-            triton.next_power_of_2(spec.head_dim),
-            is_small,
-            num_warps=1,
-            launch_pdl=is_small,
-        )
 
 
 def attend_prompts(
@@ -202,14 +192,15 @@ def attend_prompts(
 
 @triton.jit
 def _decode_kernel(
-    query_ptr, key_ptr, value_ptr, out_ptr, table_ptr, item_ptr, partial_ptr, weight_ptr, table_stride, scale,
+    query_ptr, key_ptr, value_ptr, out_ptr, table_ptr, item_ptr, partial_ptr, weight_ptr, arrival_ptr, table_stride,
+    scale,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    item_ptr += tl.program_id(0) * 7
+    item_ptr += tl.program_id(0) * 9
     kv_head = tl.program_id(1)
     if tl.load(item_ptr + 1) == 0:
         return
@@ -239,42 +230,32 @@ def _decode_kernel(
         running_max = new_max
     result = total / running_sum[:, None]
     slot = tl.load(item_ptr + 6).to(tl.int64)
-    if slot >= 0:
-        line = slot * H + kv_head * G + head
-        tl.store(partial_ptr + (line * D)[:, None] + column[None, :], result, mask)
-        tl.store(weight_ptr + line, running_max + tl.log2(running_sum), head < G)
-    else:
+    if slot < 0:
         tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def _combine_kernel(
-    partial_ptr, weight_ptr, combine_ptr, out_ptr, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    combine_ptr += tl.program_id(0) * 3
-    count = tl.load(combine_ptr + 2)
-    if count == 0:
         return
-    head = tl.program_id(1)
-    token, first_slot = tl.load(combine_ptr).to(tl.int64), tl.load(combine_ptr + 1).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    mask = column < D
-    running_max = float("-inf")
-    running_sum = 0.0
-    total = tl.zeros([BLOCK], tl.float32)
+    line = slot * H + kv_head * G + head
+    tl.store(partial_ptr + (line * D)[:, None] + column[None, :], result, mask)
+    tl.store(weight_ptr + line, running_max + tl.log2(running_sum), head < G)
+    # The last of the sequence's programs to arrive here combines their results.
+    first_slot, count = tl.load(item_ptr + 7).to(tl.int64), tl.load(item_ptr + 8)
+    tl.debug_barrier()
+    arrival_ptr += first_slot * K + kv_head
+    if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") < count - 1:
+        return
+    tl.store(arrival_ptr, 0)
+    running_max = tl.full([M], float("-inf"), tl.float32)
+    running_sum = tl.zeros([M], tl.float32)
+    total = tl.zeros([M, BLOCK_D], tl.float32)
     for number in range(count):
-        place = (first_slot + number) * H + head
-        weight = tl.load(weight_ptr + place)
-        new_max = tl.maximum(running_max, weight)
-        correction, share = tl.exp2(running_max - new_max), tl.exp2(weight - new_max)
-        total = total * correction + share * tl.load(partial_ptr + place * D + column, mask, other=0.0)
+        line = (first_slot + number) * H + kv_head * G + head
+        part_weight = tl.load(weight_ptr + line, head < G, other=0.0, cache_modifier=".cg")
+        part = tl.load(partial_ptr + (line * D)[:, None] + column[None, :], mask, other=0.0, cache_modifier=".cg")
+        new_max = tl.maximum(running_max, part_weight)
+        correction, share = tl.exp2(running_max - new_max), tl.exp2(part_weight - new_max)
+        total = total * correction[:, None] + share[:, None] * part
         running_sum = running_sum * correction + share
         running_max = new_max
-    result = total / running_sum
-    tl.store(out_ptr + (token * H + head) * D + column, result.to(out_ptr.dtype.element_ty), mask)
+    tl.store(out_ptr + place, (total / running_sum[:, None]).to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -284,7 +265,7 @@ def _prompt_kernel(
     M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
-    item_ptr += tl.program_id(1) * 7
+    item_ptr += tl.program_id(1) * 9
     num_queries = tl.load(item_ptr + 1)
     if num_queries == 0:
         return

@@ -126,9 +126,9 @@ class LLMEngine:
             raise InvalidPrompt(f"a prompt is a string or a list of token ids, got {type(prompt).__name__}")
         if not token_ids:
             raise InvalidPrompt("the prompt has no tokens")
-        for token_id in token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int):
-                raise InvalidPrompt(f"a prompt must hold token ids (whole numbers), got {token_id!r}")
+        if set(map(type, token_ids)) != {int}:
+            wrong = next(token_id for token_id in token_ids if type(token_id) is not int)
+            raise InvalidPrompt(f"a prompt must hold token ids (whole numbers), got {wrong!r}")
         if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
             raise InvalidPrompt(f"token ids must be from 0 to {self.vocab_size - 1}, got {min(token_ids)} to {max(token_ids)}")
         return token_ids

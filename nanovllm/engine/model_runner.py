@@ -27,7 +27,7 @@ from nanovllm.runner.inputs import StepInputs, build_inputs
 from nanovllm.runner.state import RowState
 from nanovllm.sampling.logprobs import BatchLogprobs, prompt_logprobs
 from nanovllm.sampling.sampler import Sampler
-from nanovllm.sampling.upload import upload
+from nanovllm.kernels.upload import upload
 
 MAX_LOGIT_ROWS = 256  # prompt positions projected at a time when prompt log-probabilities are asked for
 

@@ -73,7 +73,8 @@ def _reduce_tile_kernel(
         key = tl.load(key_ptr + sample).to(tl.uint32, bitcast=True)
         bits = _mix(_mix(token.to(tl.uint32)) + key)
         u = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2 ** -23
-        score = score * inverse_temperature - tl.log(-tl.log(u))
+        # The inner logarithm must be right near u = 1, where winners come from; the outer one only to 1e-6.
+        score = score * inverse_temperature - tl.log2(-tl.log(u)) * 0.6931471805599453
     best = tl.max(score, 0)
     winner = tl.min(tl.where(score == best, token, 2147483647), 0)  # the lowest id among equals
     tl.store(best_ptr + sample * num_tiles + tile, best)

@@ -42,8 +42,8 @@ def rotate_and_store(
     num_kv_heads = (total_heads - num_heads) // 2
     query = heads.new_empty(num_tokens, num_heads, head_dim)
     weight, eps = head_norm if head_norm is not None else (heads, 0.0)
-    heads_per_program = 1 if num_tokens <= 64 else 8
-    is_small = num_tokens <= 16 and heads.is_cuda
+    heads_per_program = 1 if num_tokens <= 64 else min(32, triton.next_power_of_2(total_heads))
+    use_pdl = num_tokens <= 512 and heads.is_cuda
     _rotate_and_store_kernel[(num_tokens, triton.cdiv(total_heads, heads_per_program))](
         heads,
         weight,
@@ -62,9 +62,9 @@ def rotate_and_store(
         heads_per_program,
         kv_cache.shape[3],
         head_norm is not None,
-        is_small,
+        use_pdl,
         num_warps=1 if heads_per_program == 1 else 4,
-        launch_pdl=is_small,
+        launch_pdl=use_pdl,
     )
     return query
 

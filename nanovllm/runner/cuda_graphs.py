@@ -64,7 +64,6 @@ class Bucket:
             ("inverse_temperature", (samples,)),
             ("keys", (samples,)),
             ("decode_items", (self.num_decode_items, ITEM_FIELDS)),
-            ("combine", (samples, 3)),
             ("prompt_items", (self.num_prompt_items, ITEM_FIELDS)),
         ]
 
@@ -98,6 +97,7 @@ class CudaGraphs:
         self.spare_row = spare_row
         self.device = block_tables.device
         extra = backend.max_extra_items
+        backend.reserve(max_num_seqs + extra)
         self.decode_buckets = [Bucket(size, size, 0, size + extra) for size in decode_sizes(max_num_seqs)]
         self.mixed_buckets = [self._mixed_bucket(size, min(size, max_num_seqs), extra) for size in mixed_sizes(max_tokens)]
         self._buffers: dict[Bucket, Tensor] = {}
@@ -156,9 +156,7 @@ class CudaGraphs:
             size = int(np.prod(shape))
             parts[name] = buffer[offset : offset + size].view(shape)
             offset += size
-        plan = TritonPlan(
-            self.block_tables, parts.pop("decode_items"), parts.pop("combine"), parts.pop("prompt_items"), num_partials=1
-        )
+        plan = TritonPlan(self.block_tables, parts.pop("decode_items"), parts.pop("prompt_items"))
         parts["inverse_temperature"] = parts["inverse_temperature"].view(torch.float32)
         return StepTensors(**parts, plan=plan)
 
@@ -202,9 +200,8 @@ class CudaGraphs:
         parts["sample_positions"][:num_samples] = (starts + lengths)[chunks]
         one = lengths == 1
         if one.any():
-            items, combine = plan_decodes(starts[one], first_tokens[one], rows[one], self.backend.max_extra_items)
+            items = plan_decodes(starts[one], first_tokens[one], rows[one], self.backend.max_extra_items)
             parts["decode_items"][: len(items)] = items
-            parts["combine"][: len(combine)] = combine
         if not one.all():
             many = ~one
             items = plan_prompts(starts[many], lengths[many], first_tokens[many], rows[many], self.backend.prompt_tile)

@@ -6,14 +6,12 @@ from then on by the sampler; so a step's inputs are gathered here, and the host 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.engine.batch import BlockUpdate, Seat
-from nanovllm.sampling.upload import upload
+from nanovllm.kernels.upload import upload
 
 
 class RowState:
@@ -26,24 +24,26 @@ class RowState:
         self.block_tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
 
     def seat(self, seats: list[Seat]) -> None:
-        _scatter(self.token_ids, [(seat.row, 0, seat.token_ids) for seat in seats])
+        if seats:
+            values = np.concatenate([np.array(seat.token_ids, dtype=np.int32) for seat in seats])
+            width = self.token_ids.shape[1]
+            places = np.concatenate([np.arange(seat.row * width, seat.row * width + len(seat.token_ids)) for seat in seats])
+            self._write(self.token_ids, places, values)
 
     def update_blocks(self, updates: list[BlockUpdate]) -> None:
         """In order: a later update may replace an entry of an earlier one."""
-        _scatter(self.block_tables, updates)
+        if updates:
+            width = self.block_tables.shape[1]
+            entries: dict[int, int] = {}
+            for row, first_index, block_ids in updates:
+                place = row * width + first_index
+                entries.update(zip(range(place, place + len(block_ids)), block_ids))
+            self._write(self.block_tables, np.array(list(entries)), np.array(list(entries.values()), dtype=np.int32))
+
+    def _write(self, table: Tensor, places: np.ndarray, values: np.ndarray) -> None:
+        """`table.flat[places] = values`; the places differ."""
+        table.view(-1).index_copy_(0, upload(places, table.device), upload(values, table.device))
 
     def write_sampled(self, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
         """All [num_samples]: the drawn tokens become the inputs of the next step."""
         self.token_ids[rows, positions] = token_ids.int()
-
-
-def _scatter(table: Tensor, runs: Sequence[tuple[int, int, list[int]]]) -> None:
-    """`table[row, first : first + len(values)] = values` for every (row, first, values), in one copy to the device."""
-    if not runs:
-        return
-    width = table.shape[1]
-    places = {}  # later runs win
-    for row, first, values in runs:
-        places.update(zip(range(row * width + first, row * width + first + len(values)), values))
-    index, values = upload(list(places), table.device), upload(np.array(list(places.values()), dtype=np.int32), table.device)
-    table.view(-1).index_copy_(0, index, values)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanovllm.sampling import filters
 from nanovllm.sampling.gumbel import exponential_noise
-from nanovllm.sampling.upload import upload
+from nanovllm.kernels.upload import upload
 from nanovllm.sampling_params import SamplingParams
 
 # Rows with top_k are grouped by its size, so that one large top_k does not slow the small ones.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.batch import RowSampling
-from nanovllm.sampling.upload import upload
+from nanovllm.kernels.upload import upload
 
 # Not -inf: masks that contradict each other (say min_tokens, and allowed_token_ids that are all stop tokens) leave the
 # allowed tokens equal to each other, and still above the rest. Any finite logit vanishes beside it in float32.

@@ -1,4 +1,4 @@
-"""Small host arrays to the device, without waiting for it: the operands of the sampler.
+"""Small host arrays to the device, without waiting for it: indices and operands that change every step.
 
 A copy from ordinary memory may stop the host until the device has caught up; one from pinned memory does not.
 """
