@@ -31,11 +31,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder, file or hub id; default: the embedded model")
     parser.add_argument("--full", action="store_true", help="256 requests at full length")
-    parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--divide-lengths", type=int, default=8)
+    parser.add_argument("--requests", type=int, help="default: 16")
+    parser.add_argument("--divide-lengths", type=int, help="default: 8")
     parser.add_argument("--record", metavar="NAME", help="also write benchmarks/records/<date>-NAME.json")
     arguments = parser.parse_args()
-    num_requests, divide = (256, 1) if arguments.full else (arguments.requests, arguments.divide_lengths)
+    num_requests, divide = arguments.requests or 16, arguments.divide_lengths or 8
+    if arguments.full:
+        if arguments.requests or arguments.divide_lengths:
+            parser.error("--full decides --requests and --divide-lengths")
+        num_requests, divide = 256, 1
+    if num_requests < 1 or divide < 1:
+        parser.error("--requests and --divide-lengths must be at least 1")
 
     start = time.perf_counter()
     llm = LLM(arguments.model)
@@ -58,7 +64,11 @@ def main() -> None:
         "dtype": llm.config.dtype,
     }
     if arguments.record:
-        result["record"] = str(write_record(arguments.record, workload={"seed": 0, "divide_lengths": divide}, result=result))
+        result["record"] = str(
+            write_record(
+                arguments.record, workload={"seed": 0, "requests": num_requests, "divide_lengths": divide}, result=result
+            )
+        )
     print(json.dumps(result))
 
 

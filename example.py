@@ -8,7 +8,6 @@ from nanovllm import LLM, SamplingParams
 
 def main() -> None:
     llm = LLM(sys.argv[1] if len(sys.argv) > 1 else None)
-    print(f"Memory plan ({llm.config.dtype}):\n{llm.memory_plan.describe()}")
     questions = ["Introduce yourself in one sentence.", "List three prime numbers and say why they are prime."]
     prompts = [llm.apply_chat_template([{"role": "user", "content": question}]) for question in questions]
 

@@ -14,17 +14,15 @@ import dataclasses
 import inspect
 import platform
 import re
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
 from nanovllm.config import EngineConfig
-from nanovllm.errors import NanoVllmError
+from nanovllm.engine.progress import deferred_interrupt
+from nanovllm.errors import InvalidPrompt, NanoVllmError
 from nanovllm.log import configure_logging
 from nanovllm.sampling_params import SamplingParams
 
@@ -55,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="system message")
     for command in (generate, chat):
         _add_fields(command.add_argument_group("engine"), EngineConfig)
-        _add_fields(command.add_argument_group("sampling"), SamplingParams, CLI_SAMPLING)
+        names = [name for name in CLI_SAMPLING if name != "n" or command is generate]
+        _add_fields(command.add_argument_group("sampling"), SamplingParams, names)
     _add_command(commands, "env", run_env, "print versions, devices and what would be used")
     return parser
 
@@ -103,6 +102,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
     chosen = _chosen(arguments, SamplingParams)
     params = SamplingParams(**{**chosen, "stop": arguments.stop})
     prompts = arguments.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise InvalidPrompt("no prompts, neither as arguments nor on standard input")
     with LLM(**_chosen(arguments, EngineConfig)) as llm:
         start = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=len(prompts) > 1)
@@ -118,13 +119,12 @@ def run_generate(arguments: argparse.Namespace) -> int:
 def run_chat(arguments: argparse.Namespace) -> int:
     from nanovllm.llm import LLM
 
-    print("loading ...", end="\r", file=sys.stderr)
     with LLM(**_chosen(arguments, EngineConfig)) as llm:
         params = SamplingParams(**{"max_tokens": None, **_chosen(arguments, SamplingParams)})
-        print("/reset starts over, /exit or end of file leaves, Ctrl-C stops an answer.", file=sys.stderr)
+        print("/reset starts over; /exit, or the end of the input, leaves; Ctrl-C stops an answer.", file=sys.stderr)
         system = [{"role": "system", "content": arguments.system}] if arguments.system else []
         messages = list(system)
-        for line in _lines("you> "):
+        for line in _lines("you> " if sys.stdin.isatty() else ""):
             if line in ("/exit", "/quit"):
                 break
             if line == "/reset":
@@ -139,8 +139,9 @@ def _lines(prompt: str) -> Iterator[str]:
     while True:
         try:
             yield input(prompt).strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
+        except KeyboardInterrupt:
+            print()  # a new line, not the end: the key may have been meant for an answer that had just ended
+        except EOFError:
             return
 
 
@@ -151,7 +152,7 @@ def _answer(llm: Any, messages: list[dict[str, Any]], line: str, params: Samplin
     start, num_tokens = time.perf_counter(), 0
     try:
         deltas = llm.stream(llm.apply_chat_template(asked), params)
-        with _interrupt_flag() as interrupted:
+        with deferred_interrupt() as interrupted:
             for delta in deltas:
                 pieces.append(delta.text)
                 num_tokens += len(delta.token_ids)
@@ -163,19 +164,9 @@ def _answer(llm: Any, messages: list[dict[str, Any]], line: str, params: Samplin
         print(f"{type(error).__name__}: {error}  (/reset starts over)", file=sys.stderr)
         return messages
     rate = num_tokens / (time.perf_counter() - start)
-    print(f"\n({num_tokens} tokens, {rate:.0f} tokens/s)", file=sys.stderr)
+    print(flush=True)
+    print(f"({num_tokens} tokens, {rate:.0f} tokens/s)", file=sys.stderr)
     return [*asked, {"role": "assistant", "content": "".join(pieces)}]
-
-
-@contextmanager
-def _interrupt_flag() -> Iterator[threading.Event]:
-    """Ctrl-C sets a flag that is looked at between steps: a step is never cut in half."""
-    flag = threading.Event()
-    previous = signal.signal(signal.SIGINT, lambda *_: flag.set())
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def run_env(arguments: argparse.Namespace) -> int:

@@ -120,9 +120,18 @@ class EngineConfig:
         at_least_one = ("max_num_seqs", "tensor_parallel_size")
         for name in at_least_one:
             self._check_int(name, 1)
-        for name in ("block_size", "max_num_batched_tokens", "max_prompt_chunk", "kv_cache_memory_bytes", "num_kv_blocks", "num_threads"):
+        for name in (
+            "block_size",
+            "max_num_batched_tokens",
+            "max_prompt_chunk",
+            "kv_cache_memory_bytes",
+            "num_kv_blocks",
+            "num_threads",
+        ):
             if getattr(self, name) is not None:
                 self._check_int(name, 1)
+        if self.num_threads is not None and self.num_threads > 4096:
+            raise ConfigError(f"num_threads={self.num_threads} is more than any machine has")
         if self.max_model_len is not None:
             self._check_int("max_model_len", 2)
         if self.num_steps_ahead is not None:

@@ -20,16 +20,17 @@ from nanovllm.attention.select import select_backend
 from nanovllm.attention.triton_paged import TritonAttention
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.llm_engine import LLMEngine, Prompt
+from nanovllm.engine.door import Prompt
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.policy import make_policy
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.errors import ConfigError, RequestError
+from nanovllm.errors import ConfigError, InvalidPrompt, RequestError
 from nanovllm.executor.in_process import InProcessExecutor
 from nanovllm.loaders.checkpoint import Checkpoint, open_checkpoint
 from nanovllm.loaders.load import load_weights
 from nanovllm.loaders.weight_source import WeightSource
-from nanovllm.log import logger
+from nanovllm.log import logger, show_log_unless_configured
 from nanovllm.model_spec import ModelSpec
 from nanovllm.models.registry import find_family, read_model_spec
 from nanovllm.outputs import GenerationOutput
@@ -67,12 +68,13 @@ class LLM:
     """One model, ready to generate. Options: see `EngineConfig`. Errors: `ConfigError`, `ModelError`."""
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
+        show_log_unless_configured()
         config = EngineConfig.from_options(model=str(model) if isinstance(model, Path) else model, **options)
         platform = select_platform(config.device)
         checkpoint = open_checkpoint(config.model, revision=config.revision, hub=config.hub)
         spec = read_model_spec(checkpoint.config, checkpoint.name)
         tokenizer = load_tokenizer(checkpoint)
-        eos_token_ids = tuple(dict.fromkeys((*checkpoint.eos_token_ids, *tokenizer.end_token_ids)))
+        eos_token_ids = known_token_ids((*checkpoint.eos_token_ids, *tokenizer.end_token_ids), spec.vocab_size)
         built = build_engine(config, platform, spec, checkpoint.weights, tokenizer, eos_token_ids)
         self.engine, self.config, self.spec, self.memory_plan = built.engine, built.config, built.spec, built.memory_plan
         self.tokenizer = tokenizer
@@ -90,7 +92,7 @@ class LLM:
 
         `priority` and `cache_salt`: see `LLMEngine.add_request`.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        if isinstance(prompts, str) or (isinstance(prompts, Sequence) and prompts and isinstance(prompts[0], int)):
             prompts = [prompts]  # type: ignore[list-item]
         return self.engine.generate(prompts, sampling_params, priority=priority, cache_salt=cache_salt, use_tqdm=use_tqdm)  # type: ignore[arg-type]
 
@@ -99,12 +101,29 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = False,
-        **template_options: Any,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[GenerationOutput]:
-        """Answer one conversation or many, through the model's chat template."""
+        """Answer one conversation or many, through the model's chat template (see `apply_chat_template`)."""
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise InvalidPrompt(f"messages must be a list of messages, or of conversations, got {type(messages).__name__}")
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts = [self.apply_chat_template(conversation, **template_options) for conversation in conversations]  # type: ignore[arg-type]
-        return self.engine.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        prompts = [
+            self.apply_chat_template(
+                conversation,  # type: ignore[arg-type]
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
+        return self.engine.generate(prompts, sampling_params, priority=priority, cache_salt=cache_salt, use_tqdm=use_tqdm)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
@@ -113,11 +132,29 @@ class LLM:
         request_id = self.engine.add_request(prompt, sampling_params, priority=priority, cache_salt=cache_salt)
         return DeltaStream(self.engine, request_id)
 
-    def apply_chat_template(self, messages: Sequence[Message], **template_options: Any) -> list[int]:
-        """The token ids of a conversation, ready to be answered. Raises `InvalidChatTemplate`."""
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """The token ids of a conversation, ready to be answered. Raises `InvalidChatTemplate`.
+
+        `add_generation_prompt`: open the answer; None: unless the last message is continued. `chat_template_kwargs`:
+        variables that the model's template knows, such as {"enable_thinking": False}.
+        """
         if not messages:
             raise RequestError("a conversation needs at least one message")
-        text = self.tokenizer.apply_chat_template(list(messages), **template_options)
+        text = self.tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **(chat_template_kwargs or {}),
+        )
         return self.tokenizer.encode(text, add_special_tokens=False)  # the template writes them itself
 
     def close(self) -> None:
@@ -139,18 +176,20 @@ class DeltaStream:
         self._output = engine.output_of(request_id)  # live: grows whoever turns the loop
         self._seen = [(0, 0, False)] * len(self._output.completions)  # characters, tokens, end: delivered so far
         self._ready: deque[CompletionDelta] = deque()
+        self._is_closed = False
 
     def __iter__(self) -> DeltaStream:
         return self
 
     def __next__(self) -> CompletionDelta:
-        while True:
+        while not self._is_closed:
             self._take_new_parts()
             if self._ready:
                 return self._ready.popleft()
             if self._output.finished:
-                raise StopIteration
+                break
             self._engine.step()
+        raise StopIteration
 
     def _take_new_parts(self) -> None:
         for index, completion in enumerate(self._output.completions):
@@ -165,11 +204,19 @@ class DeltaStream:
         """Abort what is not finished. Idempotent."""
         if not self._output.finished:
             self._engine.abort(self._output.request_id)
-        self._ready.clear()
+        self._is_closed = True
 
     def __del__(self) -> None:
-        if hasattr(self, "_output"):
-            self.close()
+        if hasattr(self, "_output") and not self._output.finished:
+            self._engine.abort_later(self._output.request_id)  # the collector may strike in the middle of a step
+
+
+def known_token_ids(token_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """Each once, without those that the model cannot produce: a checkpoint's files may disagree about the vocabulary."""
+    unknown = [token_id for token_id in token_ids if token_id >= vocab_size]
+    if unknown:
+        logger.warning("end tokens %s are outside of the vocabulary of %d and are left out", unknown, vocab_size)
+    return tuple(dict.fromkeys(token_id for token_id in token_ids if token_id < vocab_size))
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -194,7 +241,7 @@ def build_engine(
     model = find_family(spec.architecture)(spec, ParallelGroup(), dtype)
     load_weights(model, weights)
     model.finish_loading(platform.device, plan.max_model_len)
-    attention = AttentionSpec(model.num_heads, model.num_kv_heads, spec.head_dim, config.block_size)
+    attention = AttentionSpec(model.num_heads, model.num_kv_heads, spec.head_dim, plan.block_size)
     backend = select_backend(attention, dtype, platform.device)
     kv_caches = [platform.zeros(backend.kv_cache_shape(plan.num_blocks), dtype) for _ in range(spec.num_layers)]
     limits = config.scheduler_limits
@@ -202,14 +249,14 @@ def build_engine(
         model,
         backend,
         kv_caches,
-        block_size=config.block_size,
+        block_size=plan.block_size,
         max_num_seqs=limits.max_num_seqs,
         max_model_len=plan.max_model_len,
         device=platform.device,
     )
     if platform.device.type == "cuda" and not config.enforce_eager and isinstance(backend, TritonAttention):
         runner.capture_graphs(backend, limits.max_num_seqs, limits.max_num_batched_tokens)
-    scheduler = Scheduler(BlockManager(plan.num_blocks, config.block_size, config.enable_prefix_caching), limits, policy)
+    scheduler = Scheduler(BlockManager(plan.num_blocks, plan.block_size, config.enable_prefix_caching), limits, policy)
     engine = LLMEngine(
         scheduler,
         InProcessExecutor(runner),
@@ -248,7 +295,6 @@ def resolve(config: EngineConfig, platform: Platform, spec: ModelSpec) -> tuple[
         bytes_per_value=dtype.itemsize,
         total=memory.total,
         free=memory.free,
-        share=share,
         max_default_kv=platform.max_default_kv_bytes(),
     )
     if config.max_model_len is None and plan.max_model_len < spec.max_position:

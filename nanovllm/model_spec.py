@@ -191,6 +191,9 @@ def read_rope_spec(reader: ConfigReader, max_position: int) -> RopeSpec:
         if low >= high:
             raise UnsupportedConfigValue(f"{rope.source}: low_freq_factor={low} must be below high_freq_factor={high}")
         return RopeSpec(theta, "llama3", factor, original, low_freq_factor=low, high_freq_factor=high)
+    fast, slow = rope.get("beta_fast", float, 32.0), rope.get("beta_slow", float, 1.0)
+    if not fast > slow > 0:
+        raise UnsupportedConfigValue(f"{rope.source}: beta_fast={fast} must be above beta_slow={slow}, and both positive")
     rope.expect("mscale")
     rope.expect("mscale_all_dim")
     return RopeSpec(
@@ -198,8 +201,8 @@ def read_rope_spec(reader: ConfigReader, max_position: int) -> RopeSpec:
         "yarn",
         factor,
         original,
-        beta_fast=rope.get("beta_fast", float, 32.0),
-        beta_slow=rope.get("beta_slow", float, 1.0),
+        beta_fast=fast,
+        beta_slow=slow,
         attention_factor=rope.get("attention_factor", float, None),
         truncate=rope.get("truncate", bool, True),
     )

@@ -7,7 +7,6 @@ length happen in `LLMEngine.add_request`, where both are known.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,9 @@ MAX_LOGPROBS = 64  # candidates reported per position
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_LENGTH = 1024
 MAX_CHOICES = 128  # upper limit of n
+MAX_COUNT = 2**31 - 1  # of tokens: what fits an int32
+MIN_TOP_P = 1e-6  # float32 must tell it from 0
+MIN_REPETITION_PENALTY = 0.01  # logits are divided by it
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy: dividing by them overflows
 
 
@@ -46,7 +48,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # divides (multiplies, if negative) logits of tokens seen in prompt or output
     logit_bias: Mapping[int, float] | None = None  # token id -> added to its logit, -100 to 100
     allowed_token_ids: Sequence[int] | None = None  # nothing else may be drawn
-    bad_words: Sequence[str] = ()  # texts that must not be produced
+    bad_words: Sequence[str] = ()  # words whose tokens, at the start or after a space, may not be drawn in a row
     logprobs: int | None = None  # candidates reported per generated token; 0: the drawn one only
     prompt_logprobs: int | None = None  # the same for the prompt
     skip_special_tokens: bool = True  # leave special tokens out of the text
@@ -61,16 +63,16 @@ class SamplingParams:
 
     def _check_numbers(self) -> None:
         _check_float("temperature", self.temperature, 0.0, 100.0)
-        _check_float("top_p", self.top_p, 0.0, 1.0, above_low=True)
+        _check_float("top_p", self.top_p, MIN_TOP_P, 1.0)
         _check_float("min_p", self.min_p, 0.0, 1.0)
         _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above_low=True)
-        _check_int("top_k", self.top_k, -1, None)
+        _check_float("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, 100.0)
+        _check_int("top_k", self.top_k, -1, MAX_COUNT)
         _check_int("n", self.n, 1, MAX_CHOICES)
-        _check_int("min_tokens", self.min_tokens, 0, None)
+        _check_int("min_tokens", self.min_tokens, 0, MAX_COUNT)
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, None)
+            _check_int("max_tokens", self.max_tokens, 1, MAX_COUNT)
             if self.min_tokens > self.max_tokens:
                 raise InvalidSamplingParams(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
         if self.seed is not None:
@@ -105,20 +107,18 @@ def _set(params: SamplingParams, name: str, value: Any) -> None:
     object.__setattr__(params, name, value)
 
 
-def _check_float(name: str, value: Any, low: float, high: float, above_low: bool = False) -> None:
+def _check_float(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidSamplingParams(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or not low <= value <= high or (above_low and value == low):
-        interval = f"{'(' if above_low else '['}{low:g}, {high:g}]"
-        raise InvalidSamplingParams(f"{name}={value} is outside {interval}")
+    if not low <= value <= high:  # also NaN
+        raise InvalidSamplingParams(f"{name}={value} is outside [{low:g}, {high:g}]")
 
 
-def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
+def _check_int(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidSamplingParams(f"{name} must be a whole number, got {value!r}")
-    if value < low or (high is not None and value > high):
-        limit = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise InvalidSamplingParams(f"{name}={value} must be {limit}")
+    if not low <= value <= high:
+        raise InvalidSamplingParams(f"{name}={value} must be between {low} and {high}")
 
 
 def _strings(name: str, values: Any, max_count: int, max_length: int) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
-"""The text of a growing list of token ids, exactly as decoding the whole list at once would give it.
+"""The text of a growing list of token ids: `push(ids)` returns text that no later token can change, `finish()` the rest.
 
 The `tokenizers` library decodes finished lists; decoding again after every token would cost quadratic time, and the
 usual tricks with a window of recent tokens are wrong for invalid byte sequences. So the decoders that language models
-use are restated here as streams: `push(ids)` returns text that no later token can change, `finish()` the rest. The
-library is the slow twin, and the tests compare the two on random ids. Anything else is refused when the model loads.
+use are restated here as streams, and anything else is refused when the model loads. The library is the slow twin in
+the tests. One deviation: of a run of byte tokens that is not valid UTF-8 only the invalid parts become U+FFFD. The
+library replaces the whole run and so has to wait for its end, but in such vocabularies each newline is a byte token.
 Knows nothing of stop strings: `engine/detokenizer.py` is the reader.
 """
 
@@ -20,7 +21,6 @@ import tokenizers
 from nanovllm.errors import UnsupportedTokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-REPLACEMENT = "\ufffd"
 
 
 class TextStream(Protocol):
@@ -78,14 +78,14 @@ class _ByteLevel:
 class _ByteLevelStream:
     def __init__(self, table: _TokenTable) -> None:
         self._table = table
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decode_utf8 = _utf8_decoder()
 
     def push(self, token_ids: Sequence[int]) -> str:
         table = self._table
-        return self._decode(b"".join([table[token_id] or b"" for token_id in token_ids]))
+        return self._decode_utf8(b"".join([table[token_id] or b"" for token_id in token_ids]))
 
     def finish(self) -> str:
-        return self._decode(b"", True)
+        return self._decode_utf8(b"", True)
 
 
 class _Pieces:
@@ -98,24 +98,24 @@ class _Pieces:
         self.separator = ""
         self.removed_from_first = ""  # Metaspace: a sign that is a space everywhere but in the first token
 
-    def content_of_token(self, token: str) -> str | int:
-        """Text, or the value of a byte token."""
+    def content_of_token(self, token: str) -> str | bytes:
+        """Text, or the byte of a byte token."""
         for old, new in self.replacements:
             token = token.replace(old, new)
         match = _BYTE_TOKEN.fullmatch(token) if self.has_byte_tokens else None
-        return int(match[1], 16) if match else token
+        return bytes.fromhex(match[1]) if match else token
 
     def open(self, table: _TokenTable) -> TextStream:
         return _PieceStream(table, self)
 
 
 class _PieceStream:
-    """Byte tokens are held until another token ends their run, because one invalid byte makes the whole run invalid."""
+    """A character spelled in byte tokens is held until its last byte; any other token ends what is incomplete."""
 
     def __init__(self, table: _TokenTable, rules: _Pieces) -> None:
         self._table = table
         self._rules = rules
-        self._byte_run = bytearray()
+        self._decode_utf8 = _utf8_decoder()
         self._num_to_strip = rules.strip[1]
         self._is_empty = True
 
@@ -123,15 +123,15 @@ class _PieceStream:
         texts = []
         for token_id in token_ids:
             content = self._table[token_id]
-            if isinstance(content, int):
-                self._byte_run.append(content)
+            if isinstance(content, bytes):
+                texts.append(self._decode_utf8(content))
             elif content is not None:
-                texts.append(self._end_byte_run() + self._with_place(content))
+                texts.append(self._decode_utf8(b"", True) + self._with_place(content))
         text = "".join(texts)
         return self._stripped(text) if self._num_to_strip else text
 
     def finish(self) -> str:
-        return self._stripped(self._end_byte_run())
+        return self._stripped(self._decode_utf8(b"", True))
 
     def _with_place(self, text: str) -> str:
         rules, is_first = self._rules, self._is_empty
@@ -139,14 +139,6 @@ class _PieceStream:
         if rules.removed_from_first:
             return text.replace(rules.removed_from_first, "" if is_first else " ")
         return text if is_first else rules.separator + text
-
-    def _end_byte_run(self) -> str:
-        run = bytes(self._byte_run)
-        self._byte_run.clear()
-        try:
-            return run.decode()
-        except UnicodeDecodeError:
-            return REPLACEMENT * len(run)
 
     def _stripped(self, text: str) -> str:
         character = self._rules.strip[0]
@@ -199,6 +191,11 @@ def _apply(step: dict[str, Any], rules: _Pieces, is_fused: bool) -> bool:
         else:
             rules.removed_from_first = step["replacement"]
     return True
+
+
+def _utf8_decoder() -> Callable[..., str]:
+    """(data, final=False) -> the characters complete so far; invalid bytes, and an unfinished end, become U+FFFD."""
+    return codecs.getincrementaldecoder("utf-8")("replace").decode
 
 
 def _byte_alphabet() -> dict[str, int]:

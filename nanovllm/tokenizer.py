@@ -1,13 +1,14 @@
 """One face for all tokenizers: text to token ids, token ids to text, chat messages to a prompt.
 
 Owns what the engine and the server may ask of a tokenizer. Where it comes from is decided in `tokenizer_files.py` (a
-folder with tokenizer.json) and `gguf_vocabulary.py` (the metadata of a GGUF file); the work is done by the
-`tokenizers` library. Knows nothing of models, requests or sampling. Incremental decoding is in `text_stream.py`, chat
-templates in `chat_template.py`.
+folder with tokenizer.json) and `gguf_vocabulary.py` (the metadata of a GGUF file); encoding is done by the
+`tokenizers` library. Knows nothing of models, requests or sampling. Decoding is in `text_stream.py`, chat templates in
+`chat_template.py`.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +64,9 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Ids that the vocabulary does not know have no text."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        stream = self.text_stream(skip_special_tokens)  # not the library: whole and streamed text must be the same
+        ids = [*map(operator.index, token_ids)]  # elements of a tensor would each be a new key of the stream's table
+        return stream.push(ids) + stream.finish()
 
     def text_stream(self, skip_special_tokens: bool = True) -> TextStream:
         """`decode` for ids that arrive little by little."""

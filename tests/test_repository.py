@@ -20,7 +20,7 @@ from nanovllm.config import EngineConfig
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nanovllm"
 READMES = ("README.md", "README.zh-CN.md")
-CUDA_PLACES = ("platforms/", "kernels/", "attention/", "runner/cuda_graphs.py")
+CUDA_PLACES = ("platforms/", "kernels/", "attention/", "runner/cuda_graphs.py", "runner/pending.py")
 # Put together, so that this file does not name them either.
 REGISTRY_HOSTS = ["pypi" + ".org", "python" + "hosted.org", "npm" + "js.org", "npm" + "js.com", "download." + "pytorch.org"]
 REGISTRY_OPTIONS = ["--index" + "-url", "--extra" + "-index-url"]

@@ -29,7 +29,7 @@ class DecodeGroup:
 
     tokens: Tensor | None  # [B] int64, places among the step's tokens; None: all of them, in order
     block_ids: Tensor  # [B * T / block_size] int64
-    mask: Tensor  # [B, 1, T], 0 where a key exists and -inf in the padding
+    is_padding: Tensor  # [B, 1, T], True where there is no key
 
 
 @dataclass(slots=True)
@@ -71,7 +71,8 @@ class TorchAttention:
         query, key = query_key.split((spec.num_heads, spec.num_kv_heads), dim=1)
         slots = kv_cache.flatten(2, 3)  # [2, K, num_slots, D]
         slots[0].index_copy_(1, slot_mapping, key.transpose(0, 1))
-        slots[1].index_copy_(1, slot_mapping, value.transpose(0, 1))
+        # Padding is read with weight 0, and 0 * inf is not 0: an overflow must not reach another sequence.
+        slots[1].index_copy_(1, slot_mapping, value.nan_to_num().transpose(0, 1))
         return query
 
     def copy_blocks(self, kv_cache: Tensor, sources: Tensor, destinations: Tensor) -> None:
@@ -117,10 +118,9 @@ class TorchAttention:
         rows = torch.tensor([decode[1] for decode in decodes], device=self.device)
         block_ids = block_tables[rows, :num_blocks].long().flatten()
         key_positions = torch.arange(num_blocks * self.spec.block_size, device=self.device)  # [T]
-        mask = torch.zeros(len(decodes), 1, len(key_positions), dtype=self.dtype, device=self.device)
-        mask.masked_fill_((key_positions >= context_lens[:, None])[:, None], float("-inf"))
+        is_padding = (key_positions >= context_lens[:, None])[:, None]
         tokens = None if is_all else torch.tensor([decode[2] for decode in decodes], device=self.device)
-        return DecodeGroup(tokens, block_ids, mask)
+        return DecodeGroup(tokens, block_ids, is_padding)
 
     # --- once per layer
 
@@ -149,7 +149,7 @@ class TorchAttention:
         shape = spec.num_kv_heads, num_sequences, -1, spec.head_dim
         grouped = query.view(num_sequences, spec.num_kv_heads, spec.group_size, spec.head_dim).transpose(0, 1)  # [K, B, G, D]
         scores = grouped @ keys.view(shape).transpose(2, 3)  # [K, B, G, T]
-        weights = scores.add_(group.mask).softmax(dim=-1)
+        weights = scores.masked_fill_(group.is_padding, float("-inf")).softmax(dim=-1)  # whatever the padding holds
         return (weights @ values.view(shape)).transpose(0, 1).reshape(num_sequences, -1)
 
     def _attend_chunk(self, query: Tensor, kv_cache: Tensor, chunk: PromptChunk, output: Tensor) -> None:

@@ -3,8 +3,9 @@
 A *work item* is a tile of queries of one sequence against a range of its context, for one KV head. The G query heads
 that share the KV head are rows of the tile, so each key and value is read once for all of them. A decoding sequence
 with a long context is split into several items, and the last of them to finish combines the partial results
-(Flash-Decoding, Dao et al. 2023); the softmax is the on-line one (Milakov and Gimelshein 2018). The host plans the items once per step from
-lengths that it knows; every layer reuses the plan. Items are ordered longest first, so that the last wave is short.
+(Flash-Decoding, Dao et al. 2023); the softmax is the on-line one (Milakov and Gimelshein 2018). The host plans the
+items once per step from lengths that it knows; every layer reuses the plan. Items are ordered longest first, so that
+the last wave is short.
 
 M query rows of a tile, N keys of a tile, G group size, K KV heads, D head size, PAGE block size.
 Cache layout: [2 (key, value), num_blocks, K, PAGE, D]: a head's part of a block is contiguous.
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from nanovllm.attention.base import AttentionInputs, AttentionSpec, HeadNorm, Rotary
 from nanovllm.kernels.rotary import rotate_and_store
-from nanovllm.kernels.upload import upload
 from nanovllm.kernels.triton_language import TensorDescriptor, gdc_launch_dependents, gdc_wait, tl, triton
+from nanovllm.kernels.upload import upload
 
 # Of a work item: first token, number of queries, table row, position of the first query, context begin and end, slot of
 # its partial result (-1: it has the whole context), first slot and number of the partial results to combine.
@@ -55,7 +56,17 @@ def plan_decodes(starts: np.ndarray, tokens: np.ndarray, rows: np.ndarray, max_e
     begin = number * split
     end = np.minimum(begin + split, context[owner])
     slot = np.where(num_splits[owner] > 1, first_slot[owner] + number, -1)
-    columns = [tokens[owner], np.ones_like(owner), rows[owner], starts[owner], begin, end, slot, first_slot[owner], num_splits[owner]]
+    columns = [
+        tokens[owner],
+        np.ones_like(owner),
+        rows[owner],
+        starts[owner],
+        begin,
+        end,
+        slot,
+        first_slot[owner],
+        num_splits[owner],
+    ]
     return np.stack(columns, axis=1)[np.argsort(begin - end, kind="stable")].astype(np.int32)
 
 
@@ -112,16 +123,13 @@ class TritonAttention:
             attend_decodes(query, kv_cache, out, plan, self._arrivals, self.spec)
         return out.flatten(1)
 
-
     def reserve(self, num_items: int) -> None:
         """Room for steps of so many decode items. Captured graphs keep the address: reserve before capturing."""
         if len(self._arrivals) < num_items:
             self._arrivals = torch.zeros(num_items, self.spec.num_kv_heads, dtype=torch.int32, device=self.device)
 
 
-def attend_decodes(
-    query: Tensor, kv_cache: Tensor, out: Tensor, plan: TritonPlan, arrivals: Tensor, spec: AttentionSpec
-) -> None:
+def attend_decodes(query: Tensor, kv_cache: Tensor, out: Tensor, plan: TritonPlan, arrivals: Tensor, spec: AttentionSpec) -> None:
     """Tiles of one query each, padded to 16 rows for the matrix units. Tile sizes were measured on an H200."""
     use_pdl = len(query) <= 512 and query.is_cuda
     shape = len(plan.decode_items), spec.num_heads, spec.head_dim
@@ -154,9 +162,7 @@ def attend_decodes(
     )
 
 
-def attend_prompts(
-    query: Tensor, kv_cache: Tensor, out: Tensor, plan: TritonPlan, spec: AttentionSpec, num_rows: int
-) -> None:
+def attend_prompts(query: Tensor, kv_cache: Tensor, out: Tensor, plan: TritonPlan, spec: AttentionSpec, num_rows: int) -> None:
     """Tiles of `num_rows` query rows. Keys come through the tensor memory accelerator where a tile is one block."""
     num_keys = 32 if query.dtype == torch.float32 or spec.head_dim > 128 else 64
     width = triton.next_power_of_2(spec.head_dim)
@@ -243,19 +249,32 @@ def _decode_kernel(
     if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") < count - 1:
         return
     tl.store(arrival_ptr, 0)
+    first_line = first_slot * H + kv_head * G
+    result = _combine(partial_ptr, weight_ptr, first_line, count, H, G, D, BLOCK_D, M)
+    tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _combine(
+    partial_ptr, weight_ptr, first_line, count,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """The mean of `count` partial results by their weights, which are logarithms to base 2: [M, BLOCK_D]."""
+    head, column = tl.arange(0, M), tl.arange(0, BLOCK_D)
+    mask = (head < G)[:, None] & (column < D)[None, :]
     running_max = tl.full([M], float("-inf"), tl.float32)
     running_sum = tl.zeros([M], tl.float32)
     total = tl.zeros([M, BLOCK_D], tl.float32)
     for number in range(count):
-        line = (first_slot + number) * H + kv_head * G + head
-        part_weight = tl.load(weight_ptr + line, head < G, other=0.0, cache_modifier=".cg")
+        line = first_line + number * H + head
+        weight = tl.load(weight_ptr + line, head < G, other=0.0, cache_modifier=".cg")
         part = tl.load(partial_ptr + (line * D)[:, None] + column[None, :], mask, other=0.0, cache_modifier=".cg")
-        new_max = tl.maximum(running_max, part_weight)
-        correction, share = tl.exp2(running_max - new_max), tl.exp2(part_weight - new_max)
+        new_max = tl.maximum(running_max, weight)
+        correction, share = tl.exp2(running_max - new_max), tl.exp2(weight - new_max)
         total = total * correction[:, None] + share[:, None] * part
         running_sum = running_sum * correction + share
         running_max = new_max
-    tl.store(out_ptr + place, (total / running_sum[:, None]).to(out_ptr.dtype.element_ty), mask)
+    return total / running_sum[:, None]
 
 
 @triton.jit
@@ -299,6 +318,7 @@ def _prompt_kernel(
             scores = tl.dot(query, key, input_precision="ieee")  # [M, N]
             if stage == 1:
                 scores = tl.where(key_position[None, :] <= position[:, None], scores, float("-inf"))
+                value = tl.where((key_position < end)[:, None], value, 0.0)  # 0 * inf is not 0
             new_max = tl.maximum(running_max, tl.max(scores, 1) * scale)
             correction, weights = tl.exp2(running_max - new_max), tl.exp2(scores * scale - new_max[:, None])
             running_sum = running_sum * correction + tl.sum(weights, 1)

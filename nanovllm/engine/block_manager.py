@@ -186,7 +186,11 @@ class BlockManager:
         block_hash = sequence.block_hashes[block_index]
         if block_hash in self._index:
             existing = self._find(sequence, block_index, content_id)
-            return existing.content_id if existing else None
+            if existing is not None:
+                return existing.content_id
+            if not self._is_same(self._index[block_hash], sequence, block_index):
+                return None
+            self._erase(self._index[block_hash])  # it continued a content that was evicted since: nobody could find it
         block = self._blocks[sequence.block_table[block_index]]
         self._num_contents += 1
         block.block_hash, block.token_ids = block_hash, self._tokens_of(sequence, block_index)
@@ -217,9 +221,12 @@ class BlockManager:
 
     def _find(self, sequence: Sequence, block_index: int, parent_id: int) -> Block | None:
         block = self._index.get(sequence.block_hashes[block_index])
-        if block is None or block.parent_id != parent_id or block.cache_salt != sequence.cache_salt:
-            return None
-        return block if block.token_ids == self._tokens_of(sequence, block_index) else None
+        is_found = block is not None and block.parent_id == parent_id and self._is_same(block, sequence, block_index)
+        return block if is_found else None
+
+    def _is_same(self, block: Block, sequence: Sequence, block_index: int) -> bool:
+        """Equal salt and tokens; what came before is not looked at."""
+        return block.cache_salt == sequence.cache_salt and block.token_ids == self._tokens_of(sequence, block_index)
 
     def _evict(self, block: Block) -> None:
         self.stats.num_evictions += 1

@@ -2,33 +2,30 @@
 
 One step is: schedule a batch, dispatch it, and, once `num_steps_ahead` further steps are in flight, collect the oldest
 result and apply it. With one step ahead the device computes step N + 1 while the host is busy with the tokens of
-step N. Everything that a user can get wrong is refused in `add_request`, before the loop sees it.
+step N. Everything that a user can get wrong is refused by `door.py`, before the loop sees it.
 
 Knows requests and text; does not know tensors or listeners. Read next: `model_runner.py`.
 """
 
 from __future__ import annotations
 
-import random
 import time
+from collections import deque
 from collections.abc import Callable, Sequence as AbstractSequence
 from itertools import count
 from typing import Any
 
-from tqdm import tqdm
-
-from nanovllm.engine.batch import RowSampling
+from nanovllm.engine.door import Door, Prompt
 from nanovllm.engine.events import Events, RequestAdded, StepCollected, StepDispatched
+from nanovllm.engine.progress import Progress, deferred_interrupt
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import CacheTooSmall, EngineDead, InvalidPrompt, InvalidSamplingParams, PromptTooLong, RequestError
+from nanovllm.errors import EngineDead, InvalidPrompt, InvalidSamplingParams, RequestError
 from nanovllm.executor.base import Executor
 from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer import Tokenizer
-
-Prompt = str | AbstractSequence[int]
 
 
 class LLMEngine:
@@ -50,17 +47,18 @@ class LLMEngine:
         self.scheduler = scheduler
         self.executor = executor
         self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.events: Events = scheduler.events
-        self._eos_token_ids = tuple(eos_token_ids)
+        self._door = Door(scheduler.block_manager, tokenizer, vocab_size, max_model_len, eos_token_ids, seed)
         self._num_steps_ahead = num_steps_ahead
         self._requests: dict[str, Request] = {}
         self._request_numbers = count()
-        self._seq_ids = count()
-        self._seeds = random.Random(seed)
         self._clock = clock
         self._failure: BaseException | None = None
+        self._is_closed = False
+        self._is_stepping = False
+        self._aborts: deque[str] = deque()  # asked for while a step was under way, or by the garbage collector
+        self._num_aborted = 0
 
     # --- the door
 
@@ -79,24 +77,13 @@ class LLMEngine:
         urgent; needs `scheduling_policy="priority"` to have an effect on order.
         """
         self._check_alive()
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise InvalidSamplingParams(f"params must be SamplingParams, got {type(params).__name__}")
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise RequestError(f"priority must be a whole number, got {priority!r}")
-        if not isinstance(cache_salt, str):
-            raise RequestError(f"cache_salt must be a string, got {cache_salt!r}")
-        token_ids = self._token_ids_of(prompt)
-        self._check_fits(len(token_ids))
-        self._check_params(params)
-        request_id = f"request-{next(self._request_numbers)}" if request_id is None else request_id
-        if request_id in self._requests:
-            raise RequestError(f"request_id {request_id!r} is already in use by an unfinished request")
-        sequences = self._make_sequences(request_id, token_ids, params, priority, cache_salt)
+        request_id = self._check_id(request_id)
+        sequences = self._door.make_sequences(request_id, prompt, params, priority, cache_salt, self._clock())
         self._requests[request_id] = Request.begin(sequences, prompt if isinstance(prompt, str) else None, self.tokenizer)
         self.scheduler.add(sequences)
         if self.events.listeners:
-            self.events.emit(RequestAdded(sequences[0].arrival_time, request_id, len(token_ids), len(sequences)))
+            first = sequences[0]
+            self.events.emit(RequestAdded(first.arrival_time, request_id, first.num_prompt_tokens, len(sequences)))
         return request_id
 
     def output_of(self, request_id: str) -> GenerationOutput:
@@ -104,85 +91,34 @@ class LLMEngine:
         return self._requests[request_id].output
 
     def abort(self, request_id: str) -> GenerationOutput | None:
-        """End a request in whatever state it is. Returns what it has so far; None when it is unknown or finished."""
+        """End a request in whatever state it is. Returns what it has so far; None when it is unknown or finished.
+
+        Called during a step (by a listener), it takes effect at the beginning of the next.
+        """
         request = self._requests.get(request_id)
         if request is None:
             return None
+        if self._is_stepping:
+            self._aborts.append(request_id)
+            return request.output
         for sequence in request.sequences:
             self.scheduler.finish(sequence, "abort")
         self._close_finished()
+        self._num_aborted += 1
         return request.output
 
-    def _token_ids_of(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidPrompt("the engine has no tokenizer: prompts must be token ids")
-            if not prompt:
-                raise InvalidPrompt("the prompt is empty")
-            token_ids = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, AbstractSequence) and not isinstance(prompt, (bytes, bytearray)):
-            token_ids = list(prompt)
-        else:
-            raise InvalidPrompt(f"a prompt is a string or a list of token ids, got {type(prompt).__name__}")
-        if not token_ids:
-            raise InvalidPrompt("the prompt has no tokens")
-        if set(map(type, token_ids)) != {int}:
-            wrong = next(token_id for token_id in token_ids if type(token_id) is not int)
-            raise InvalidPrompt(f"a prompt must hold token ids (whole numbers), got {wrong!r}")
-        if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
-            raise InvalidPrompt(f"token ids must be from 0 to {self.vocab_size - 1}, got {min(token_ids)} to {max(token_ids)}")
-        return token_ids
+    def abort_later(self, request_id: str) -> None:
+        """Abort at the next step. Safe from any thread and from a finalizer."""
+        self._aborts.append(request_id)
 
-    def _check_fits(self, num_prompt_tokens: int) -> None:
-        if num_prompt_tokens >= self.max_model_len:
-            raise PromptTooLong(
-                f"the prompt has {num_prompt_tokens} tokens; with at least one generated token it must fit into "
-                f"max_model_len={self.max_model_len}"
-            )
-        blocks = self.scheduler.block_manager
-        if blocks.num_blocks_for(num_prompt_tokens + 1) > blocks.num_blocks:
-            raise CacheTooSmall(
-                f"the prompt has {num_prompt_tokens} tokens; the KV cache holds {blocks.num_blocks * blocks.block_size} "
-                "in all; give it more memory (kv_cache_memory_bytes) or shorten the prompt"
-            )
-
-    def _check_params(self, params: SamplingParams) -> None:
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            for token_id in getattr(params, name) or ():
-                if token_id >= self.vocab_size:
-                    raise InvalidSamplingParams(f"{name}: token id {token_id} is not in the vocabulary of {self.vocab_size}")
-        if self.tokenizer is None and (params.stop or params.bad_words):
-            raise InvalidSamplingParams("stop and bad_words need a tokenizer, and the engine has none")
-
-    def _make_sequences(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, priority: int, cache_salt: str
-    ) -> list[Sequence]:
-        blocks = self.scheduler.block_manager
-        limit = min(self.max_model_len, blocks.num_blocks * blocks.block_size)
-        max_num_tokens = limit if params.max_tokens is None else min(limit, len(token_ids) + params.max_tokens)
-        stop_token_ids = (() if params.ignore_eos else self._eos_token_ids) + tuple(params.stop_token_ids)
-        bad_words = tuple(tuple(ids) for word in params.bad_words for ids in self.tokenizer.token_ids_of_word(word))  # type: ignore[union-attr]
-        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
-        now = self._clock()
-        sequences: list[Sequence] = []
-        for index in range(params.n):
-            sampling = RowSampling(params, (seed + index) % 2**64, stop_token_ids, bad_words, len(token_ids))
-            sequence = Sequence(
-                seq_id=next(self._seq_ids),
-                request_id=request_id,
-                index=index,
-                num_prompt_tokens=len(token_ids),
-                max_num_tokens=max_num_tokens,
-                sampling=sampling,
-                stop_token_ids=frozenset(stop_token_ids),
-                priority=priority,
-                cache_salt=cache_salt,
-                arrival_time=now,
-                sibling=sequences[0] if sequences else None,
-                token_ids=list(token_ids),
-            )
-            sequences.append(sequence)
-        return sequences
+    def _check_id(self, request_id: str | None) -> str:
+        if request_id is None:
+            return next(name for number in self._request_numbers if (name := f"request-{number}") not in self._requests)
+        if not isinstance(request_id, str):
+            raise RequestError(f"request_id must be a string, got {request_id!r}")
+        if request_id in self._requests:
+            raise RequestError(f"request_id {request_id!r} is already in use by an unfinished request")
+        return request_id
 
     # --- the loop
 
@@ -193,6 +129,9 @@ class LLMEngine:
     def step(self) -> list[GenerationOutput]:
         """One turn of the loop. Returns the requests that grew or ended; their outputs are live objects."""
         self._check_alive()
+        while self._aborts:
+            self.abort(self._aborts.popleft())
+        self._is_stepping = True
         try:
             batch = self._dispatch_next()
             if self.scheduler.num_in_flight > (self._num_steps_ahead if batch else 0):
@@ -201,6 +140,8 @@ class LLMEngine:
         except BaseException as error:  # also KeyboardInterrupt: a step cut in half cannot be resumed
             self._failure = error
             raise
+        finally:
+            self._is_stepping = False
 
     def _dispatch_next(self) -> bool:
         started = time.perf_counter_ns() if self.events.listeners else 0
@@ -266,7 +207,8 @@ class LLMEngine:
 
     def _check_alive(self) -> None:
         if self._failure is not None:
-            raise EngineDead(f"the engine stopped after an error: {self._failure!r}") from self._failure
+            reason = "was closed" if self._is_closed else f"stopped after an error: {self._failure!r}"
+            raise EngineDead(f"the engine {reason}; make a new one") from self._failure
 
     # --- many at once
 
@@ -280,48 +222,37 @@ class LLMEngine:
         use_tqdm: bool = False,
     ) -> list[GenerationOutput]:
         """Run prompts to their end; outputs in the order of the prompts. If one is refused, none is left behind."""
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, AbstractSequence):
+            raise InvalidPrompt(f"prompts must be a list of strings or of lists of token ids, got {type(prompts).__name__}")
+        if params is not None and not isinstance(params, (SamplingParams, AbstractSequence)):
+            raise InvalidSamplingParams(f"params must be SamplingParams or a list of them, got {params!r}")
         per_prompt = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(per_prompt) != len(prompts):
             raise InvalidSamplingParams(f"{len(prompts)} prompts need as many sampling params, got {len(per_prompt)}")
-        request_ids: list[str] = []
-        outputs: dict[str, GenerationOutput] = {}
+        unfinished: dict[str, GenerationOutput] = {}
         try:
             for prompt, one in zip(prompts, per_prompt):
-                request_ids.append(self.add_request(prompt, one, priority=priority, cache_salt=cache_salt))
-            wanted = set(request_ids)
-            with _Progress(len(prompts), use_tqdm) as progress:
-                while len(outputs) < len(wanted):
-                    for output in self.step():
-                        if output.finished and output.request_id in wanted:
-                            outputs[output.request_id] = output
+                request_id = self.add_request(prompt, one, priority=priority, cache_salt=cache_salt)
+                unfinished[request_id] = self.output_of(request_id)
+            outputs = list(unfinished.values())
+            with Progress(len(prompts), use_tqdm) as progress, deferred_interrupt() as interrupted:
+                while unfinished:
+                    num_aborted = self._num_aborted
+                    ended = [output for output in self.step() if output.finished]
+                    if self._num_aborted != num_aborted:  # by somebody else: a step does not report those
+                        ended = [output for output in unfinished.values() if output.finished]
+                    for output in ended:
+                        if unfinished.pop(output.request_id, None) is not None:
                             progress.advance(output)
+                    if interrupted.is_set():
+                        raise KeyboardInterrupt
         finally:
-            for request_id in request_ids:
-                if request_id not in outputs:
-                    self.abort(request_id)
-        return [outputs[request_id] for request_id in request_ids]
+            for request_id in unfinished:
+                self.abort(request_id)
+        return outputs
 
     def close(self) -> None:
         """Release the executor. Idempotent; later calls of `step` or `add_request` raise `EngineDead`."""
         self.executor.close()
-        self._failure = self._failure or RuntimeError("the engine was closed")
-
-
-class _Progress:
-    """A bar over finished requests, with the rate of generated tokens."""
-
-    def __init__(self, total: int, enabled: bool) -> None:
-        self._bar = tqdm(total=total, desc="Generating", unit="req", disable=not enabled, dynamic_ncols=True)
-        self._num_tokens = 0
-        self._start = time.monotonic()
-
-    def advance(self, output: GenerationOutput) -> None:
-        self._num_tokens += output.metrics.num_generated_tokens
-        self._bar.set_postfix_str(f"{self._num_tokens / (time.monotonic() - self._start + 1e-9):.0f} tok/s", refresh=False)
-        self._bar.update()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._failure is None:
+            self._is_closed, self._failure = True, RuntimeError("closed")

@@ -9,51 +9,26 @@ does. Read next: `runner/inputs.py`, `models/decoder.py`.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.attention.triton_paged import TritonAttention
-from nanovllm.engine.batch import ScheduledBatch, Seat, StepResult
+from nanovllm.engine.batch import ScheduledBatch, Seat
 from nanovllm.forward_context import ForwardContext
 from nanovllm.kernels.draw_token import draw_tokens
 from nanovllm.kernels.gather_inputs import gather_inputs
+from nanovllm.kernels.upload import upload
 from nanovllm.models.decoder import Decoder
-from nanovllm.outputs import PositionLogprobs
 from nanovllm.runner.cuda_graphs import CudaGraphs, StepTensors
 from nanovllm.runner.inputs import StepInputs, build_inputs
+from nanovllm.runner.pending import PendingStep, send_to_host
 from nanovllm.runner.state import RowState
 from nanovllm.sampling.logprobs import BatchLogprobs, prompt_logprobs
 from nanovllm.sampling.sampler import Sampler
-from nanovllm.kernels.upload import upload
 
 MAX_LOGIT_ROWS = 256  # prompt positions projected at a time when prompt log-probabilities are asked for
-
-
-@dataclass(slots=True)
-class PendingStep:
-    """A step whose results may still be on their way."""
-
-    step: int
-    token_ids: Tensor  # [num_samples] int64, on the host or on its way there
-    logprobs: BatchLogprobs | None = None
-    arrived: torch.cuda.Event | None = None  # None: it is there
-    prompt_logprobs: dict[int, list[BatchLogprobs]] = field(default_factory=dict)
-    forward_ns: int = 0
-
-    def result(self) -> StepResult:
-        """Wait for the device, and bring everything to the host."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return StepResult(
-            step=self.step,
-            token_ids=self.token_ids.unsqueeze(1).tolist(),
-            logprobs=self.logprobs.to_host() if self.logprobs else None,
-            prompt_logprobs={chunk: _to_host(parts) for chunk, parts in self.prompt_logprobs.items()},
-            forward_ns=self.forward_ns,
-        )
 
 
 class ModelRunner:
@@ -131,16 +106,7 @@ class ModelRunner:
         sampled = self.sampler.sample(logits, rows, positions, self.state.token_ids)
         device = logits.device
         self.state.write_sampled(upload(rows, device), upload(positions, device), sampled.token_ids)
-        return self._send_to_host(batch, sampled.token_ids, sampled.logprobs)
-
-    def _send_to_host(self, batch: ScheduledBatch, token_ids: Tensor, logprobs: BatchLogprobs | None = None) -> PendingStep:
-        if not token_ids.is_cuda:
-            return PendingStep(batch.step, token_ids, logprobs)
-        on_host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-        on_host.copy_(token_ids, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return PendingStep(batch.step, on_host, logprobs, arrived)
+        return send_to_host(batch.step, sampled.token_ids, sampled.logprobs)
 
     # --- the same step as one graph
 
@@ -185,7 +151,7 @@ class ModelRunner:
         if replayed is None:
             return None
         logits, token_ids = replayed
-        return self._send_to_host(batch, token_ids) if is_plain else self._draw(batch, logits)
+        return send_to_host(batch.step, token_ids) if is_plain else self._draw(batch, logits)
 
     def _score_prompts(self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor) -> dict[int, list[BatchLogprobs]]:
         """Log-probabilities of the prompt tokens that follow each computed position, for the rows that asked."""
@@ -207,10 +173,6 @@ class ModelRunner:
                 for end in (min(offset + MAX_LOGIT_ROWS, num_targets),)
             ]
         return scores
-
-
-def _to_host(parts: list[BatchLogprobs]) -> list[PositionLogprobs]:
-    return [position for part in parts for position in part.to_host() if position is not None]
 
 
 def _sampled_places(batch: ScheduledBatch) -> tuple[list[int], list[int]]:

@@ -53,7 +53,10 @@ class Request:
         completion = self.output.completions[sequence.index]
         completion.finish_reason, completion.stop_reason = sequence.finish_reason, sequence.stop_reason
         if self.detokenizers:
-            completion.text += self.detokenizers[sequence.index].finish()
+            detokenizer = self.detokenizers[sequence.index]
+            completion.text += detokenizer.finish()
+            if detokenizer.stop_string is not None:
+                completion.finish_reason, completion.stop_reason = "stop", detokenizer.stop_string
         self.num_unfinished -= 1
         if self.num_unfinished == 0:
             self._close(now)

@@ -62,6 +62,7 @@ class Scheduler:
         self._free_rows = list(reversed(range(self._num_rows)))
         self._in_flight: deque[_Plan] = deque()
         self._siblings: dict[int, list[Sequence]] = {}  # seq_id of index 0 -> those that wait for its prompt's KV
+        self._refused = (-1, 0)  # seq_id and number of free blocks of the last admission that failed
         self._num_steps = 0
         self._num_steps_decodes_waited = 0
         self._clock = clock
@@ -85,6 +86,7 @@ class Scheduler:
         if limits.max_num_seqs > self._num_rows:
             raise ConfigError(f"max_num_seqs={limits.max_num_seqs}: the engine was started with room for {self._num_rows}")
         self.limits = limits
+        self._refused = (-1, 0)
         return limits
 
     @property
@@ -128,11 +130,20 @@ class Scheduler:
                 self._add_chunk(sequence, num_new_tokens, plan)
 
     def _admit_waiting(self, plan: _Plan) -> None:
-        while self.waiting and plan.budget > 0 and self._free_rows and len(self.running) < self.limits.max_num_seqs:
+        max_running = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)  # each needs a token per step
+        while self.waiting and plan.budget > 0 and self._free_rows and len(self.running) < max_running:
             sequence = self.waiting[0]
-            if sequence.num_pending_tokens or not self._admit(sequence, plan):
+            if sequence.num_pending_tokens or self._is_known_to_wait(sequence):
                 return  # nobody overtakes: it is preempted with a token in flight, or there is no room for it yet
+            if not self._admit(sequence, plan):
+                self._refused = sequence.seq_id, self.block_manager.num_free_blocks
+                return
             self._add_chunk(sequence, self._clip(sequence.num_uncomputed_tokens, plan), plan)
+
+    def _is_known_to_wait(self, sequence: Sequence) -> bool:
+        """It did not fit, others still run, and no block came free since: do not look its prefix up again."""
+        seq_id, num_free_blocks = self._refused
+        return seq_id == sequence.seq_id and bool(self.running) and self.block_manager.num_free_blocks <= num_free_blocks
 
     def _clip(self, num_new_tokens: int, plan: _Plan) -> int:
         if num_new_tokens == 1:

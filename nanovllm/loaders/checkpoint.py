@@ -54,6 +54,8 @@ def open_checkpoint(model: str | Path | None, *, revision: str | None = None, hu
         raise ConfigError(f"hub={hub!r} is unknown; choose one of {', '.join(HUBS)}")
     if isinstance(model, str) and not os.path.exists(os.path.expanduser(model)) and is_hub_id(model):
         return open_folder(download(model, revision, hub), name=model)
+    if hub != HUBS[0]:
+        raise ConfigError(f"hub={hub!r} applies to hub ids only, and model={str(model)!r} is not one")
     if revision is not None:
         raise ConfigError(f"revision={revision!r} applies to hub ids only, and model={str(model)!r} is not one")
     path = find_demo() if model is None else Path(model).expanduser()

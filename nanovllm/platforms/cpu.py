@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanovllm.log import logger
 from nanovllm.platforms.base import DeviceMemory
+from nanovllm.platforms.openmp import is_chosen
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt(3)
 KEEP_BYTES = 1 << 30
@@ -27,8 +29,11 @@ class CpuPlatform:
         self.device = torch.device("cpu")
 
     def prepare(self, num_threads: int | None) -> None:
-        torch.set_num_threads(num_threads or usable_cores())
+        if num_threads is not None or "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(num_threads or usable_cores())
         keep_freed_memory()
+        if not is_chosen() and torch.get_num_threads() > 1:
+            logger.info("torch was imported before nanovllm: its threads wait by OpenMP's default, slow beside busy processes")
 
     def default_dtype(self) -> torch.dtype:
         """bfloat16 where the processor multiplies in it; elsewhere it is emulated, and slower than float32."""

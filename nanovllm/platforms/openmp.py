@@ -17,6 +17,9 @@ SPIN_COUNT = "2000"  # loop turns, a few microseconds
 
 def set_waiting_policy() -> None:
     """Does nothing when the user has chosen, or when torch is loaded already."""
-    chosen = any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"))
-    if not chosen and "torch" not in sys.modules:
+    if not is_chosen() and "torch" not in sys.modules:
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+def is_chosen() -> bool:
+    return any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"))

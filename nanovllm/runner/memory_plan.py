@@ -23,11 +23,12 @@ class MemoryPlan:
     budget: int  # what the engine may use
     weights: int
     activations: int
+    rows: int  # tokens and block tables of the running sequences
     kv_cache: int
-    kv_bytes_per_token: int
     block_size: int  # tokens
     num_blocks: int
     max_model_len: int  # tokens
+    asked: str  # which options decided
 
     @property
     def num_cached_tokens(self) -> int:
@@ -35,63 +36,62 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """A table for people."""
-        rows = (
+        lines = (
             ("memory of the device", self.total, ""),
             ("free now", self.free, ""),
-            ("budget of the engine", self.budget, ""),
+            ("budget of the engine", self.budget, f"asked: {self.asked}"),
             ("weights", self.weights, ""),
             ("activations, at most", self.activations, ""),
+            ("rows of sequences", self.rows, ""),
             ("KV cache", self.kv_cache, f"{self.num_blocks} blocks of {self.block_size} = {self.num_cached_tokens} tokens"),
         )
-        lines = [f"  {name:<22}{size / MiB:>11,.0f} MiB  {note}".rstrip() for name, size, note in rows]
+        table = [f"  {name:<22}{size / MiB:>11,.0f} MiB  {note}".rstrip() for name, size, note in lines]
         ratio = self.num_cached_tokens / self.max_model_len
-        lines.append(f"  sequences of full length ({self.max_model_len} tokens) that fit at once: {ratio:.1f}")
-        return "\n".join(lines)
+        table.append(f"  sequences of full length ({self.max_model_len} tokens) that fit at once: {ratio:.1f}")
+        return "\n".join(table)
 
 
 def plan_memory(
-    spec: ModelSpec,
-    config: EngineConfig,
-    *,
-    bytes_per_value: int,
-    total: int,
-    free: int,
-    share: float,
-    max_default_kv: int | None,
+    spec: ModelSpec, config: EngineConfig, *, bytes_per_value: int, total: int, free: int, max_default_kv: int | None
 ) -> MemoryPlan:
-    """Divide the budget; `config` has its token budget decided. Raises `NotEnoughMemory` naming what would help."""
+    """Divide the budget of a resolved config. Raises `NotEnoughMemory` naming the option that would help, and its value."""
+    share = config.gpu_memory_utilization or 1.0
     budget = min(int(total * share), free)
-    weights = _weight_bytes(spec, bytes_per_value)
-    activations = _activation_bytes(spec, config, bytes_per_value)
-    per_token = spec.kv_bytes_per_token(bytes_per_value)
-    per_block = per_token * config.block_size
+    weights, activations = _weight_bytes(spec, bytes_per_value), _activation_bytes(spec, config, bytes_per_value)
     limit = config.max_model_len or spec.max_position
-    if config.num_kv_blocks is not None:
-        num_blocks = config.num_kv_blocks
-    elif config.kv_cache_memory_bytes is not None:
-        num_blocks = config.kv_cache_memory_bytes // per_block
-    else:
-        available = max(0, budget - weights - activations)
-        usable = -(-limit // config.block_size) * config.max_num_seqs  # more could never be used at once
-        if max_default_kv is not None:
-            available = min(available, max_default_kv)
-        num_blocks = min(available // per_block, usable)
-    needed = weights + activations + num_blocks * per_block
-    if weights + activations >= free or (needed > free and _is_sized_by_user(config)):
-        raise NotEnoughMemory(_explain(weights, activations, num_blocks * per_block, free))
-    max_model_len = min(limit, num_blocks * config.block_size)
-    wanted = config.max_model_len or 2
-    if max_model_len < wanted:
-        wanted_bytes = -(-wanted // config.block_size) * per_block
-        raise NotEnoughMemory(
-            f"max_model_len={wanted} needs {wanted_bytes / MiB:.0f} MiB of KV cache, and there is room for {num_blocks} blocks "
-            f"({num_blocks * config.block_size} tokens, {num_blocks * per_block / MiB:.0f} MiB); lower max_model_len to at most "
-            f"{max_model_len}, or raise gpu_memory_utilization (now {share:g}) or kv_cache_memory_bytes (to {wanted_bytes})"
-        )
-    kv_cache = num_blocks * per_block
+    rows = (config.max_num_seqs + 1) * (limit + 1 + limit // (config.block_size or 1)) * 4
+    fixed = weights + activations + rows
+    per_block = spec.kv_bytes_per_token(bytes_per_value) * (config.block_size or 1)
+    num_blocks = _num_blocks(config, limit, per_block, max(0, budget - fixed), max_default_kv)
+    if fixed + per_block > free or (_is_sized_by_user(config) and fixed + num_blocks * per_block > free):
+        raise NotEnoughMemory(_explain(weights, activations, rows, num_blocks * per_block, free))
+    max_model_len = min(limit, num_blocks * (config.block_size or 1))
+    if max_model_len < (config.max_model_len or 2):
+        raise NotEnoughMemory(_explain_length(config, config.max_model_len or 2, per_block, num_blocks, fixed, total))
     return MemoryPlan(
-        total, free, budget, weights, activations, kv_cache, per_token, config.block_size, num_blocks, max_model_len
+        total,
+        free,
+        budget,
+        weights,
+        activations,
+        rows,
+        num_blocks * per_block,
+        config.block_size or 1,
+        num_blocks,
+        max_model_len,
+        _asked(config, share),
     )
+
+
+def _num_blocks(config: EngineConfig, limit: int, per_block: int, available: int, max_default_kv: int | None) -> int:
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes // per_block
+    if max_default_kv is not None:
+        available = min(available, max_default_kv)
+    usable = -(-limit // (config.block_size or 1)) * config.max_num_seqs  # more could never be used at once
+    return min(available // per_block, usable)
 
 
 def _weight_bytes(spec: ModelSpec, bytes_per_value: int) -> int:
@@ -113,14 +113,40 @@ def _is_sized_by_user(config: EngineConfig) -> bool:
     return config.num_kv_blocks is not None or config.kv_cache_memory_bytes is not None
 
 
-def _explain(weights: int, activations: int, kv_cache: int, free: int) -> str:
-    room = max(0, free - weights - activations)
+def _asked(config: EngineConfig, share: float) -> str:
+    for name in ("num_kv_blocks", "kv_cache_memory_bytes"):
+        if getattr(config, name) is not None:
+            return f"{name}={getattr(config, name)}"
+    return f"gpu_memory_utilization={share:g}"
+
+
+def _explain(weights: int, activations: int, rows: int, kv_cache: int, free: int) -> str:
+    room = max(0, free - weights - activations - rows)
     advice = (
         f"set kv_cache_memory_bytes to at most {room}"
         if room and kv_cache
-        else "use a smaller model, dtype='bfloat16', or a smaller max_num_batched_tokens or max_num_seqs"
+        else "use a smaller model, dtype='bfloat16', or a smaller max_num_batched_tokens, max_num_seqs or max_model_len"
     )
     return (
-        f"the model does not fit: weights {weights / MiB:.0f} MiB + activations {activations / MiB:.0f} MiB "
-        f"+ KV cache {kv_cache / MiB:.0f} MiB, and {free / MiB:.0f} MiB are free; {advice}"
+        f"the model does not fit: weights {weights / MiB:.0f} MiB + activations {activations / MiB:.0f} MiB + rows of sequences "
+        f"{rows / MiB:.0f} MiB + KV cache {kv_cache / MiB:.0f} MiB, and {free / MiB:.0f} MiB are free; {advice}"
+    )
+
+
+def _explain_length(config: EngineConfig, wanted: int, per_block: int, num_blocks: int, fixed: int, total: int) -> str:
+    block_size = config.block_size or 1
+    wanted_blocks = -(-wanted // block_size)
+    advice = [f"lower max_model_len to at most {num_blocks * block_size}"] if num_blocks * block_size >= 2 else []
+    if config.num_kv_blocks is not None:
+        advice.append(f"raise num_kv_blocks to {wanted_blocks}")
+    else:
+        advice.append(f"raise kv_cache_memory_bytes to {wanted_blocks * per_block}")
+    needed_share = (fixed + wanted_blocks * per_block) / total
+    if not _is_sized_by_user(config) and needed_share <= 1:
+        advice.append(
+            f"raise gpu_memory_utilization to {needed_share + 0.005:.2f} (now {config.gpu_memory_utilization or 1.0:g})"
+        )
+    return (
+        f"max_model_len={wanted} needs {wanted_blocks * per_block / MiB:.0f} MiB of KV cache, and there is room for {num_blocks} "
+        f"blocks ({num_blocks * block_size} tokens); {', or '.join(advice)}"
     )

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.upload import upload
 from nanovllm.sampling import filters
 from nanovllm.sampling.gumbel import exponential_noise
-from nanovllm.kernels.upload import upload
 from nanovllm.sampling_params import SamplingParams
 
 # Rows with top_k are grouped by its size, so that one large top_k does not slow the small ones.

@@ -62,7 +62,8 @@ def winner_within_top_p(logits: Tensor, weights: Tensor, scores: Tensor, top_p: 
     while True:
         winner = argmax(scores)  # [b]
         ahead = tokens_ahead(logits, winner)  # [b, vocab]
-        is_outside = (ahead * weights).sum(-1, keepdim=True) >= nucleus  # [b, 1]; never so where NaN is
+        weight_ahead = (ahead * weights).sum(-1, keepdim=True)  # [b, 1]; the most likely token has none ahead
+        is_outside = (weight_ahead >= nucleus) & (weight_ahead > 0)  # [b, 1]; never so where NaN is
         if not is_outside.any():
             return winner
         scores *= torch.maximum(ahead, (~is_outside).float())

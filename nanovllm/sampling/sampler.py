@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.batch import RowSampling
+from nanovllm.kernels.upload import upload
 from nanovllm.sampling import filters
 from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, build_groups, draw, limits_of
 from nanovllm.sampling.gumbel import draw_keys, stream_of, token_hashes
 from nanovllm.sampling.logprobs import BatchLogprobs, sampled_logprobs
 from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits
-from nanovllm.kernels.upload import upload
 
 # One line per row, so that the operands of a batch are one indexing away. num_logprobs is -1 for none.
 ROW_COLUMNS = np.dtype([*LIMITS, ("stream", np.uint64), ("has_edits", np.bool_), ("num_logprobs", np.int64)])

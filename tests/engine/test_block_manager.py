@@ -66,6 +66,8 @@ def test_different_salts_never_share():
     blocks = BlockManager(16, 4)
     fill(blocks, make_sequence(list(range(9)), salt="a"))
     assert blocks.match_prefix(make_sequence(list(range(9)), salt="b")).num_blocks == 0
+    fill(blocks, make_sequence(list(range(9)), salt="b"))
+    assert blocks.match_prefix(make_sequence(list(range(9)), salt="b")).num_blocks == 2, "each salt has its own"
     assert blocks.match_prefix(make_sequence(list(range(9)), salt="a")).num_blocks == 2
 
 
@@ -111,8 +113,14 @@ def test_equal_block_after_a_colliding_prefix_is_not_a_hit():
     blocks.free(first.block_table)
     index = blocks._blocks[first.block_table[0]]
     blocks._erase(index)  # the first block is evicted, its child stays in the index
-    fill(blocks, second)
-    assert blocks.match_prefix(make_sequence([2, 2, 2, 2, 5, 5, 5, 5, 0])).num_blocks == 1
+    again = make_sequence([2, 2, 2, 2, 5, 5, 5, 5, 0])
+    assert blocks.match_prefix(again).num_blocks == 0
+    second.block_table = blocks.allocate(3)
+    content = blocks.publish(second, 0, ROOT)
+    assert blocks.match_prefix(again).block_ids == second.block_table[:1], "not the other prefix's second block"
+    blocks.publish(second, 1, content)
+    assert blocks.match_prefix(again).block_ids == second.block_table[:2], "what nobody could find made room"
+    blocks.check_invariants([second.block_table])
 
 
 def test_freed_cached_blocks_are_revived_with_their_content():
@@ -146,12 +154,12 @@ def test_eviction_is_least_recently_used_first_tail_before_head_and_erases_the_i
 
 
 def test_lifetime_is_measured_from_publishing_to_eviction():
-    now = [0.0]
+    now = [3.0]
     blocks = BlockManager(1, 2, clock=lambda: now[0])
     sequence = make_sequence([1, 2])
     fill(blocks, sequence)
     blocks.free(sequence.block_table)
-    now[0] = 5.0
+    now[0] = 8.0
     blocks.allocate(1)
     assert blocks.stats.mean_lifetime == 5.0
 
@@ -166,6 +174,21 @@ def test_duplicates_are_not_merged_and_their_chain_continues():
     match = blocks.match_prefix(make_sequence([*range(8), 0]))
     assert match.block_ids == [first.block_table[0], second.block_table[1]]
     blocks.check_invariants([first.block_table, second.block_table])
+
+
+def test_a_prefix_stays_cacheable_after_a_duplicate_chain_lost_its_head():
+    """Two sequences compute one prompt side by side; the first one's head is evicted, the second one's tail survives."""
+    blocks = BlockManager(16, 4)
+    first, second = make_sequence(list(range(4))), make_sequence(list(range(9)))
+    first.block_table, second.block_table = blocks.allocate(1), blocks.allocate(3)
+    content = blocks.publish(first, 0, ROOT)
+    blocks.publish(second, 1, blocks.publish(second, 0, ROOT))
+    blocks._erase(blocks._blocks[first.block_table[0]])
+    assert content and blocks.match_prefix(make_sequence(list(range(9)))).num_blocks == 0
+    third = make_sequence(list(range(9)))
+    fill(blocks, third)
+    assert blocks.match_prefix(make_sequence(list(range(9)))).block_ids == third.block_table[:2]
+    blocks.check_invariants([first.block_table, second.block_table, third.block_table])
 
 
 def test_published_and_shared_blocks_need_a_copy_before_a_write():

@@ -16,15 +16,15 @@ LETTERS = ["a", "b", "ab", "ba", "aab", "abab", "bb", "Ġ", "a" * 7]
 CHINESE = ["ä", "¸", "Ń", "ä¸", "ŃåĽ", "½"]
 
 
-def make_tokenizer() -> Tokenizer:
-    tokens = list(dict.fromkeys([*LETTERS, *CHINESE, *ALPHABET]))
+def make_backend(tokens: list[str], decoder: decoders.Decoder) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
-    backend.decoder = decoders.ByteLevel()
+    backend.decoder = decoder
     backend.add_special_tokens([AddedToken("<end>", special=True, normalized=False)])
-    return Tokenizer(TokenizerParts(backend))
+    return backend
 
 
-TOKENIZER = make_tokenizer()
+BACKEND = make_backend(list(dict.fromkeys([*LETTERS, *CHINESE, *ALPHABET])), decoders.ByteLevel())
+TOKENIZER = Tokenizer(TokenizerParts(BACKEND))
 SIZE = TOKENIZER.vocab_size
 END = TOKENIZER.token_to_id("<end>")
 
@@ -44,6 +44,17 @@ def _alphabet() -> dict[int, str]:
 
 
 ALPHABET_OF = _alphabet()
+
+# Like Llama 2, where the newline is a byte token. The ids of the byte tokens are the bytes.
+BYTE_FALLBACK = Tokenizer(
+    TokenizerParts(
+        make_backend(
+            [*(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "b"],
+            decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+        )
+    )
+)
+NEWLINE, A, B = 0x0A, 256, 257
 
 
 def in_pieces(draw, items):
@@ -67,6 +78,7 @@ token_lists = st.lists(st.one_of(st.integers(0, SIZE - 1), st.integers(0, 14), s
 def test_the_text_is_that_of_full_decoding(data, token_ids, skip, unseen_stop):
     detokenizer = run(in_pieces(data.draw, token_ids), skip_special_tokens=skip, stop=["never\x00"] if unseen_stop else ())
     assert detokenizer.text == TOKENIZER.decode(token_ids, skip)
+    assert detokenizer.text == BACKEND.decode(token_ids, skip_special_tokens=skip)
     assert detokenizer.num_tokens == len(token_ids)
     assert detokenizer.stop_string is None
 
@@ -165,3 +177,35 @@ def test_special_tokens_are_left_out_unless_asked_for():
     assert run([ids("a", "<end>", "b")]).text == "ab"
     assert run([ids("a", "<end>", "b")], skip_special_tokens=False).text == "a<end>b"
     assert run([ids("a", "<end>", "b")], stop=["ab"]).stop_string == "ab"
+
+
+def test_a_newline_in_a_byte_token_stops_at_once():
+    detokenizer = IncrementalDetokenizer(BYTE_FALLBACK, SamplingParams(stop=["\n"], max_tokens=3))
+    assert [detokenizer.append([token_id]) for token_id in (A, B, NEWLINE)] == ["a", "b", ""]
+    assert (detokenizer.stop_string, detokenizer.num_tokens, detokenizer.text) == ("\n", 3, "ab")  # without `finish`
+
+
+def test_a_run_of_newlines_in_byte_tokens_stops_at_the_first():
+    for pieces in ([[NEWLINE] * 8], [[NEWLINE]] * 8):
+        detokenizer = IncrementalDetokenizer(BYTE_FALLBACK, SamplingParams(stop=["\n"], include_stop_str_in_output=True))
+        assert "".join(map(detokenizer.append, pieces)) == "\n"
+        assert (detokenizer.stop_string, detokenizer.num_tokens) == ("\n", 1)
+
+
+def test_a_run_of_newlines_in_byte_tokens_stops_at_min_tokens():
+    detokenizer = IncrementalDetokenizer(BYTE_FALLBACK, SamplingParams(stop=["\n"], min_tokens=3))
+    assert detokenizer.append([NEWLINE] * 8) == "\n\n"
+    assert (detokenizer.stop_string, detokenizer.num_tokens) == ("\n", 3)
+
+
+def test_a_stop_string_may_begin_and_end_among_byte_tokens():
+    detokenizer = IncrementalDetokenizer(BYTE_FALLBACK, SamplingParams(stop=["b\n中"]))
+    deltas = [detokenizer.append([token_id]) for token_id in (A, B, NEWLINE, *"🎉".encode(), B, NEWLINE, *"中".encode())]
+    assert deltas == ["a", "", "", "", "", "", "b\n🎉", "", "", "", "", ""]
+    assert detokenizer.stop_string == "b\n中"
+
+
+def test_invalid_byte_tokens_do_not_hide_a_stop_string():
+    detokenizer = IncrementalDetokenizer(BYTE_FALLBACK, SamplingParams(stop=["\n"]))
+    assert [detokenizer.append([token_id]) for token_id in (0xFF, 0xE4, NEWLINE)] == ["\ufffd", "", "\ufffd"]
+    assert detokenizer.stop_string == "\n"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -156,6 +157,44 @@ class TestAbort:
     def test_abort_of_an_unknown_request_is_harmless(self):
         assert make_engine().abort("nobody") is None
 
+    def test_an_abort_by_a_listener_takes_effect_after_the_step_and_ends_generate(self):
+        engine = make_engine()
+
+        class Aborter:
+            def on_event(self, event):
+                if isinstance(event, StepDispatched) and event.step == 3:
+                    engine.abort("request-0")
+
+        engine.events.listeners.append(Aborter())
+        outputs = engine.generate([[1, 2, 3], [4, 5]], greedy(20))
+        assert outputs[0].completions[0].finish_reason == "abort" and 0 < len(outputs[0].token_ids) < 20
+        assert outputs[1].token_ids == naive_generate([4, 5], 20)
+        assert_nothing_is_held(engine)
+
+    def test_an_abort_from_a_finalizer_waits_for_the_next_step(self):
+        engine = make_engine()
+        request_id = engine.add_request([1, 2, 3], greedy(20))
+        engine.step()
+        engine.abort_later(request_id)
+        assert engine.scheduler.running
+        drain(engine)
+        assert_nothing_is_held(engine)
+
+    def test_ctrl_c_ends_generate_between_two_steps_and_leaves_a_working_engine(self):
+        engine = make_engine()
+
+        class Interrupter:
+            def on_event(self, event):
+                if isinstance(event, StepDispatched) and event.step == 3:
+                    signal.raise_signal(signal.SIGINT)
+
+        engine.events.listeners.append(Interrupter())
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([[1, 2, 3]], greedy(20))
+        engine.events.listeners.clear()
+        assert engine.generate([[1, 2]], greedy(5))[0].token_ids == naive_generate([1, 2], 5)
+        assert_nothing_is_held(engine)
+
 
 class TestTheDoor:
     @pytest.mark.parametrize(
@@ -170,6 +209,7 @@ class TestTheDoor:
             (None, InvalidPrompt, "NoneType"),
             (b"bytes", InvalidPrompt, "bytes"),
             ("text", InvalidPrompt, "no tokenizer"),
+            ("\ud800", InvalidPrompt, "surrogate"),
             ([1] * 300, PromptTooLong, "300 tokens"),
         ],
     )
@@ -181,7 +221,7 @@ class TestTheDoor:
 
     def test_a_prompt_larger_than_the_cache_is_refused(self):
         engine = make_engine(num_blocks=4, block_size=4)
-        engine.max_model_len = 1000
+        engine._door._max_model_len = 1000
         with pytest.raises(CacheTooSmall, match="holds 16 in all"):
             engine.add_request([1] * 16, greedy())
 
@@ -196,11 +236,29 @@ class TestTheDoor:
             ({"priority": "high"}, "priority"),
             ({"priority": True}, "priority"),
             ({"cache_salt": 5}, "cache_salt"),
+            ({"cache_salt": "\ud800"}, "cache_salt"),
+            ({"request_id": 5}, "request_id must be a string"),
+            ({"params": greedy(None, min_tokens=300)}, "room for 255 tokens"),
         ],
     )
     def test_bad_options_are_refused_with_the_reason(self, options, message):
         with pytest.raises(RequestError, match=message):
             make_engine().add_request([1], **options)
+
+    @pytest.mark.parametrize("prompts", [None, 5, "text", {1: 2}, {1, 2}, (token for token in [1])])
+    def test_prompts_must_be_a_list(self, prompts):
+        with pytest.raises(InvalidPrompt, match="prompts must be a list"):
+            make_engine().generate(prompts, greedy())
+
+    @pytest.mark.parametrize("params", [5, "greedy", dict])
+    def test_params_must_be_sampling_params(self, params):
+        with pytest.raises(InvalidSamplingParams):
+            make_engine().generate([[1]], params)
+
+    def test_given_ids_do_not_collide_with_generated_ones(self):
+        engine = make_engine()
+        engine.add_request([1], greedy(), request_id="request-0")
+        assert engine.add_request([2], greedy()) == "request-1"
 
     def test_a_request_id_in_use_is_refused(self):
         engine = make_engine()

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from support import assert_nothing_is_held, greedy, make_engine, make_scheduler, naive_generate
 
 from nanovllm.engine.block_manager import hash_block
+from nanovllm.engine.policy import POLICIES
 
 HASHES = {"xxhash": hash_block, "weak": lambda previous, data: (previous + sum(data)) % 7, "constant": lambda previous, data: 0}
 
@@ -61,7 +62,7 @@ machines = st.builds(
     budget=st.integers(1, 24),
     max_prompt_chunk=st.one_of(st.none(), st.integers(1, 8)),
     watermark=st.sampled_from([0.0, 0.01, 0.3]),
-    policy=st.sampled_from(["fcfs", "priority", "prefill_first"]),
+    policy=st.sampled_from(list(POLICIES)),
     prefix_caching=st.booleans(),
     hash_name=st.sampled_from(list(HASHES)),
     num_steps_ahead=st.integers(0, 3),

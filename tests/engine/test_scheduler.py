@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings, strategies as st
 from support import assert_nothing_is_held, drain, greedy, make_engine, make_scheduler, naive_generate
 
 from nanovllm.engine.policy import PrefillFirst
@@ -179,6 +180,36 @@ def test_generated_blocks_serve_the_next_turn_of_a_conversation():
     assert second.token_ids == naive_generate(history, 2)
 
 
+def test_no_admission_in_a_step_that_preempted():
+    engine = make_engine(num_blocks=8, block_size=4, watermark=0.0, num_steps_ahead=0)
+    for token in range(4):
+        engine.add_request([token] * 7, greedy(16))
+    while engine.has_work:
+        before = engine.scheduler.waiting[:]
+        preempted = sum(sequence.num_preemptions for sequence in [*engine.scheduler.waiting, *engine.scheduler.running])
+        engine.step()
+        now = [*engine.scheduler.waiting, *engine.scheduler.running]
+        if sum(sequence.num_preemptions for sequence in now) > preempted:
+            assert not engine.executor.batches[-1].seats
+            assert set(before) <= set(engine.scheduler.waiting)
+
+
+def test_cached_tokens_are_counted_at_the_first_admission_only():
+    engine = make_engine(num_blocks=8, block_size=4, watermark=0.0)
+    outputs = engine.generate([[1] * 8, [2] * 8, [3] * 8], greedy(16))
+    assert any(output.metrics.num_preemptions for output in outputs)
+    assert [output.metrics.num_cached_tokens for output in outputs] == [0, 0, 0]
+
+
+def test_no_more_run_than_the_budget_can_serve():
+    engine = make_engine(num_steps_ahead=0, budget=2, max_num_seqs=8)
+    for token in range(8):
+        engine.add_request([token], greedy(6))
+    engine.step()
+    assert len(engine.scheduler.running) == 2
+    drain(engine)
+
+
 class TestSeveralCompletions:
     def test_siblings_share_the_prompt_and_copy_the_partly_filled_block(self):
         engine = make_engine(block_size=4, prefix_caching=False, num_steps_ahead=0)
@@ -188,6 +219,33 @@ class TestSeveralCompletions:
         assert len(copies) == 2, "each sibling copies the partly filled block once"
         prompt_tokens = sum(sum(n for n in batch.lengths if n > 1) for batch in engine.executor.batches)
         assert prompt_tokens == 6, "the prompt is computed once, also without a prefix cache"
+        assert_nothing_is_held(engine)
+
+    @settings(max_examples=300, deadline=None)
+    @given(
+        requests=st.lists(
+            st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=8), st.integers(1, 12), st.integers(1, 3)), max_size=3
+        ),
+        num_blocks=st.integers(6, 12),
+        block_size=st.integers(2, 4),
+        budget=st.integers(2, 5),
+        depth=st.integers(0, 1),
+        caching=st.booleans(),
+    )
+    def test_in_caches_so_small_that_siblings_preempt_each_other(self, requests, num_blocks, block_size, budget, depth, caching):
+        engine = make_engine(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            budget=budget,
+            num_steps_ahead=depth,
+            prefix_caching=caching,
+            watermark=0.0,
+        )
+        requests = [request for request in requests if len(request[0]) < engine.max_model_len]
+        outputs = engine.generate([prompt for prompt, _, _ in requests], [greedy(length, n=n) for _, length, n in requests])
+        for (prompt, length, _), output in zip(requests, outputs):
+            expected = naive_generate(prompt, min(length, engine.max_model_len - len(prompt)))
+            assert all(completion.token_ids == expected for completion in output.completions)
         assert_nothing_is_held(engine)
 
     @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9])

@@ -227,7 +227,7 @@ def test_a_large_bias_decides(row: Row, sample: Sample) -> None:
 
 def test_a_bias_does_not_lift_a_mask(row: Row, sample: Sample) -> None:
     assert 6 not in draws(sample, torch.zeros(1, 20), lambda i: row(seed=i, logit_bias={6: 100.0}, bad_words=[[6]]))
-    greedy = row(temperature=0, logit_bias={6: 100.0}, bad_words=[[6]], repetition_penalty=1e-30)
+    greedy = row(temperature=0, logit_bias={6: 100.0}, bad_words=[[6]], repetition_penalty=0.01)
     assert sample(torch.zeros(1, 20), [greedy], [[6]]).token_ids.item() != 6
 
 

@@ -1,0 +1,57 @@
+"""What a person sees of a long `generate`, and how they stop it.
+
+Ctrl-C takes effect between two steps instead of within one: a step that is cut in half cannot be resumed.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from nanovllm.outputs import GenerationOutput
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """SIGINT sets the event; the loop looks at it. A second one interrupts at once. Outside the main thread: never set."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(*_: object) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class Progress:
+    """A bar over finished requests, with the rate of generated tokens."""
+
+    def __init__(self, total: int, enabled: bool) -> None:
+        self._bar = tqdm(total=total, desc="Generating", unit="req", disable=not enabled, dynamic_ncols=True)
+        self._num_tokens = 0
+        self._start = time.monotonic()
+
+    def advance(self, output: GenerationOutput) -> None:
+        self._num_tokens += output.metrics.num_generated_tokens
+        self._bar.set_postfix_str(f"{self._num_tokens / (time.monotonic() - self._start + 1e-9):.0f} tok/s", refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
