@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels.triton_language import tl, triton, use_kernel
+from nanovllm.kernels.triton_language import gdc_launch_dependents, gdc_wait, tl, triton, use_kernel
 
 BLOCK = 1024
 
@@ -15,14 +15,19 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     if use_kernel("silu_and_mul", gate_up):
         num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(num_tokens, size)
-        _silu_and_mul_kernel[(num_tokens, triton.cdiv(size, BLOCK))](gate_up, out, size, BLOCK, num_warps=4)
+        use_pdl = num_tokens <= 512
+        grid = (num_tokens, triton.cdiv(size, BLOCK))
+        _silu_and_mul_kernel[grid](gate_up, out, size, BLOCK, use_pdl, num_warps=4, launch_pdl=use_pdl)
         return out
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
 @triton.jit
-def _silu_and_mul_kernel(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size

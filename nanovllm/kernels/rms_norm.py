@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels.triton_language import tl, triton, use_kernel
+from nanovllm.kernels.triton_language import gdc_launch_dependents, gdc_wait, tl, triton, use_kernel
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,6 +33,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     normed = torch.empty_like(x)
     total = torch.empty_like(x) if residual is not None else x
     block = triton.next_power_of_2(size)
+    use_pdl = x.is_cuda and num_tokens <= 512
     _add_rms_norm_kernel[(num_tokens,)](
         x,
         residual if residual is not None else x,
@@ -44,15 +45,21 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
         size,
         block,
         residual is not None,
+        use_pdl,
         num_warps=min(8, max(1, block // 256)),
+        launch_pdl=use_pdl,
     )
     return normed, total
 
 
 @triton.jit
 def _add_rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, normed_ptr, total_ptr, x_stride, eps, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
-):
+    x_ptr, residual_ptr, weight_ptr, normed_ptr, total_ptr, x_stride, eps, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < D

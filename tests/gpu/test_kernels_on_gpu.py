@@ -1,0 +1,175 @@
+"""Each kernel against its torch twin, over shapes, dtypes and ragged edges."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovllm.attention.base import AttentionInputs, AttentionSpec, HeadNorm, Rotary
+from nanovllm.attention.torch_reference import TorchAttention
+from nanovllm.attention.triton_paged import TritonAttention
+from nanovllm.kernels import activation, one_token, rms_norm
+from nanovllm.kernels.draw_token import draw_tokens
+from nanovllm.kernels.gather_inputs import gather_inputs
+from nanovllm.sampling.gumbel import draw_keys, exponential_noise, stream_of, token_hashes
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 2e-3}
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    assert torch.isfinite(actual.float()).all()
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+class TestAttention:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+    @pytest.mark.parametrize("heads", [(16, 8), (9, 3), (28, 4), (8, 8), (8, 1), (14, 2)], ids=str)
+    @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+    def test_mixed_ragged_batches_equal_the_twin(self, device, heads, head_dim, block_size, dtype):
+        spec = AttentionSpec(*heads, head_dim, block_size)
+        starts, lengths = [0, 37, 5, 699, 0, 64, 33, 1999, 130], [50, 1, 20, 1, 1, 1, 300, 1, 17]
+        rows = [3, 0, 8, 1, 7, 2, 6, 4, 5]
+        num_blocks = sum(-(-(s + n) // block_size) for s, n in zip(starts, lengths)) + 4
+        free = iter(torch.randperm(num_blocks).tolist())
+        tables = torch.zeros(10, -(-2000 // block_size), dtype=torch.int32)
+        for row, start, length in zip(rows, starts, lengths):
+            for index in range(-(-(start + length) // block_size)):
+                tables[row, index] = next(free)
+        fast, slow = TritonAttention(spec, dtype, device), TorchAttention(spec, torch.float32, device)
+        cache = torch.randn(fast.kv_cache_shape(num_blocks), device=device).to(dtype)
+        query = torch.randn(sum(lengths), heads[0], head_dim, device=device).to(dtype)
+        inputs = AttentionInputs(starts, lengths, rows, tables.to(device))
+        expected = slow.attend(query.float(), cache.permute(0, 2, 1, 3, 4).contiguous().float(), slow.plan(inputs))
+        for _ in range(2):  # twice: the arrival counters must be left at zero
+            assert error(fast.attend(query, cache, fast.plan(inputs)), expected) < TOLERANCE[dtype]
+
+    @pytest.mark.parametrize("num_sequences", [1, 2, 7, 64, 256])
+    def test_split_contexts_are_combined(self, device, num_sequences):
+        spec = AttentionSpec(16, 8, 128, 64)
+        lengths = np.random.default_rng(0).integers(1, 3000, num_sequences).tolist()
+        tables = torch.randint(0, 500, (num_sequences, 47), dtype=torch.int32, device=device)
+        fast, slow = TritonAttention(spec, torch.bfloat16, device), TorchAttention(spec, torch.float32, device)
+        cache = torch.randn(fast.kv_cache_shape(500), device=device, dtype=torch.bfloat16)
+        query = torch.randn(num_sequences, 16, 128, device=device, dtype=torch.bfloat16)
+        inputs = AttentionInputs([n - 1 for n in lengths], [1] * num_sequences, list(range(num_sequences)), tables)
+        expected = slow.attend(query.float(), cache.permute(0, 2, 1, 3, 4).contiguous().float(), slow.plan(inputs))
+        assert error(fast.attend(query, cache, fast.plan(inputs)), expected) < 6e-3
+
+    def test_stale_values_do_not_reach_a_sequence(self, device):
+        spec = AttentionSpec(4, 2, 64, 64)
+        fast = TritonAttention(spec, torch.bfloat16, device)
+        tables = torch.arange(2, dtype=torch.int32, device=device)[:, None]
+        cache = torch.full(fast.kv_cache_shape(2), math.nan, device=device, dtype=torch.bfloat16)
+        cache[:, :, :, :20] = torch.randn(2, 2, 2, 20, 64, device=device)
+        query = torch.randn(21, 4, 64, device=device, dtype=torch.bfloat16)
+        out = fast.attend(query, cache, fast.plan(AttentionInputs([0, 19], [20, 1], [0, 1], tables)))
+        assert torch.isfinite(out).all()
+
+    @pytest.mark.parametrize("num_tokens", [1, 5, 64, 65, 700])
+    @pytest.mark.parametrize("has_norm", [True, False])
+    @pytest.mark.parametrize("shape", [(16, 8, 128), (9, 3, 64), (7, 1, 80), (32, 8, 96)], ids=str)
+    def test_rotate_and_store_equals_the_twin(self, device, shape, has_norm, num_tokens):
+        num_heads, num_kv_heads, head_dim = shape
+        spec = AttentionSpec(*shape, 16)
+        fast, slow = TritonAttention(spec, torch.float32, device), TorchAttention(spec, torch.float32, device)
+        heads = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=device)
+        angles = torch.rand(num_tokens, 1, head_dim // 2, device=device) * 6
+        rotary = Rotary(torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1))
+        norm = HeadNorm(torch.rand(num_heads + num_kv_heads, head_dim, device=device), 1e-6) if has_norm else None
+        slots = torch.randperm(64 * 16, device=device)[:num_tokens]
+        caches = [torch.zeros(backend.kv_cache_shape(64), device=device) for backend in (fast, slow)]
+        queries = [b.rotate_and_store(heads, norm, rotary, cache, slots) for b, cache in zip((fast, slow), caches)]
+        torch.testing.assert_close(*queries, rtol=0, atol=2e-6)
+        torch.testing.assert_close(caches[0].permute(0, 2, 1, 3, 4), caches[1], rtol=0, atol=2e-6)
+
+
+class TestElementwise:
+    @pytest.mark.parametrize("size", [64, 576, 1024, 3000, 4096, 12288])
+    @pytest.mark.parametrize("num_tokens", [1, 3, 513])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_add_rms_norm(self, device, dtype, num_tokens, size):
+        x, residual = (torch.randn(num_tokens, size, device=device).to(dtype) * 5 for _ in range(2))
+        weight = torch.rand(size, device=device).to(dtype)
+        normed, total = rms_norm.add_rms_norm(x, residual, weight, 1e-5)
+        torch.testing.assert_close(total, x + residual, rtol=0, atol=0)
+        assert error(normed, F.rms_norm((x + residual).double(), (size,), weight.double(), 1e-5)) < TOLERANCE[dtype]
+        assert (
+            error(rms_norm.rms_norm(x, weight, 1e-5), F.rms_norm(x.double(), (size,), weight.double(), 1e-5)) < TOLERANCE[dtype]
+        )
+
+    @pytest.mark.parametrize("size", [64, 1000, 3072, 12288])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_silu_and_mul(self, device, dtype, size):
+        gate_up = (torch.randn(5, 2 * size, device=device) * 8).to(dtype)
+        gate, up = gate_up.double().chunk(2, -1)
+        assert error(activation.silu_and_mul(gate_up), F.silu(gate) * up) < TOLERANCE[dtype]
+
+    @pytest.mark.parametrize(
+        ("n", "k"), [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (960, 576), (576, 1536), (100, 96)]
+    )
+    def test_products_of_one_token(self, device, n, k):
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+        x, weight, norm, bias, gate_up = random(1, k), random(n, k) * 0.02, random(k), random(1, n), random(1, 2 * k)
+        normed = F.rms_norm(x.double(), (k,), norm.double(), 1e-6).bfloat16().double()
+        assert error(one_token.norm_product(x, norm, 1e-6, weight, bias), normed @ weight.double().T + bias.double()) < 6e-3
+        assert error(one_token.product_add(x, weight, bias), x.double() @ weight.double().T + bias.double()) < 6e-3
+        gate, up = gate_up.double().chunk(2, -1)
+        activated = (F.silu(gate).bfloat16().double() * up).bfloat16().double()
+        assert error(one_token.silu_product_add(gate_up, weight, bias), activated @ weight.double().T + bias.double()) < 6e-3
+
+
+class TestSampling:
+    @pytest.mark.parametrize("vocab_size", [50, 4096, 49_157, 151_936])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_tokens_equal_the_specification(self, device, dtype, vocab_size):
+        num_samples = 64
+        logits = (torch.randn(num_samples, vocab_size, device=device) * 3).to(dtype)
+        inverse = torch.tensor([0.0, 1.0, 0.5, 1.6] * 16, device=device)
+        positions = list(range(7, 7 + num_samples))
+        keys = torch.from_numpy(draw_keys(np.array([stream_of(i) for i in range(num_samples)], dtype=np.uint64), positions))
+        tokens = torch.zeros(num_samples, dtype=torch.int64, device=device)
+        table = torch.zeros(num_samples, 100, dtype=torch.int32, device=device)
+        rows = torch.arange(num_samples, dtype=torch.int32, device=device)
+        where = torch.tensor(positions, dtype=torch.int32, device=device)
+        draw_tokens(logits, inverse, keys.to(device), rows, where, table, tokens)
+        noise = exponential_noise(token_hashes(vocab_size), keys).double()
+        scores = logits.double().cpu() * inverse.cpu()[:, None].double() - noise.log()
+        expected = torch.where(inverse.cpu() > 0, scores.argmax(-1), logits.float().cpu().argmax(-1))
+        differs = tokens.cpu() != expected
+        best = scores.max(-1).values
+        assert all(best[i] - scores[i, tokens[i]] < 1e-5 for i in differs.nonzero()[:, 0]), "only rounding may decide otherwise"
+        assert differs.sum() <= 1
+        assert torch.equal(table[rows.long(), where.long()], tokens.int())
+
+    def test_nan_never_wins(self, device):
+        logits = torch.full((2, 5000), math.nan, device=device)
+        logits[0, 4321] = -3.0
+        tokens = torch.zeros(2, dtype=torch.int64, device=device)
+        zeros = torch.zeros(2, dtype=torch.int32, device=device)
+        draw_tokens(
+            logits,
+            torch.zeros(2, device=device),
+            zeros,
+            zeros,
+            zeros,
+            torch.zeros(1, 4, dtype=torch.int32, device=device),
+            tokens,
+        )
+        assert tokens[0] == 4321 and 0 <= tokens[1] < 5000
+
+
+def test_gather_inputs_looks_up_tokens_and_slots(device):
+    tokens = torch.arange(60, dtype=torch.int32, device=device).view(3, 20)
+    blocks = torch.tensor([[5, 6, 7, 8, 9], [1, 2, 3, 4, 0], [9, 8, 7, 6, 5]], dtype=torch.int32, device=device)
+    rows = torch.tensor([2, 0, -1, 1], dtype=torch.int32, device=device)
+    ids, slots = gather_inputs(rows, torch.tensor([7, 19, 0, 4], dtype=torch.int32, device=device), tokens, blocks, 4)
+    assert ids.tolist() == [47, 19, 0, 24]
+    assert slots.tolist() == [8 * 4 + 3, 9 * 4 + 3, -1, 2 * 4]
