@@ -72,12 +72,9 @@ def _reduce_tile_kernel(
     if inverse_temperature > 0.0:
         key = tl.load(key_ptr + sample).to(tl.uint32, bitcast=True)
         bits = _mix(_mix(token.to(tl.uint32)) + key)
-        numerator = (bits >> 9).to(tl.float32) + 0.5  # u = numerator / 2 ** 23
-        # -log(u) must be right near u = 1, where winners come from and the fast logarithm is not: there by its series.
-        rest = (8388608.0 - numerator) * 1.1920928955078125e-07  # 1 - u, exact
-        near_one = rest * (1.0 + rest * (0.5 + rest * (0.3333333333333333 + rest * 0.25)))
-        exponential = tl.where(rest < 0.015625, near_one, -tl.log2(numerator * 1.1920928955078125e-07) * 0.6931471805599453)
-        score = score * inverse_temperature - tl.log2(exponential) * 0.6931471805599453
+        u = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2 ** -23
+        # The inner logarithm must be right near u = 1, where winners come from; the outer one only to 1e-6.
+        score = score * inverse_temperature - tl.log2(-tl.log(u)) * 0.6931471805599453
     best = tl.max(score, 0)
     winner = tl.min(tl.where(score == best, token, 2147483647), 0)  # the lowest id among equals
     tl.store(best_ptr + sample * num_tiles + tile, best)
