@@ -23,7 +23,7 @@ LIBRARIES = ("torch", "triton", "numpy", "tokenizers", "transformers")
 def environment() -> dict[str, Any]:
     """Commit, machine and versions."""
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("NANOVLLM_COMMIT", ""),  # a copy without .git is told
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/records")),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.executable).name, *sys.argv]),

@@ -27,10 +27,25 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class TestAttention:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
-    @pytest.mark.parametrize("heads", [(16, 8), (9, 3), (28, 4), (8, 8), (8, 1), (14, 2)], ids=str)
-    @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+    @pytest.mark.parametrize(
+        ("heads", "head_dim", "block_size", "dtype"),
+        [  # every head size, block size, group size and dtype, and both ways of loading keys; compiling costs seconds each
+            ((16, 8), 128, 64, torch.bfloat16),
+            ((16, 8), 128, 16, torch.bfloat16),
+            ((16, 8), 128, 64, torch.float32),
+            ((32, 8), 128, 128, torch.bfloat16),
+            ((28, 4), 128, 32, torch.bfloat16),
+            ((9, 3), 64, 64, torch.bfloat16),
+            ((9, 3), 64, 16, torch.float32),
+            ((14, 2), 80, 64, torch.bfloat16),
+            ((8, 8), 96, 32, torch.bfloat16),
+            ((8, 1), 96, 64, torch.float32),
+            ((8, 2), 256, 64, torch.bfloat16),
+            ((8, 2), 256, 16, torch.bfloat16),
+            ((4, 4), 64, 128, torch.float16),
+        ],
+        ids=str,
+    )
     def test_mixed_ragged_batches_equal_the_twin(self, device, heads, head_dim, block_size, dtype):
         spec = AttentionSpec(*heads, head_dim, block_size)
         starts, lengths = [0, 37, 5, 699, 0, 64, 33, 1999, 130], [50, 1, 20, 1, 1, 1, 300, 1, 17]
@@ -90,7 +105,7 @@ class TestAttention:
 
 
 class TestElementwise:
-    @pytest.mark.parametrize("size", [64, 576, 1024, 3000, 4096, 12288])
+    @pytest.mark.parametrize("size", [576, 1024, 3000, 12288])
     @pytest.mark.parametrize("num_tokens", [1, 3, 513])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_add_rms_norm(self, device, dtype, num_tokens, size):
