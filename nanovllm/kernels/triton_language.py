@@ -18,9 +18,11 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    from triton.language.extra import cuda
+    from triton.tools import tensor_descriptor
 
+    gdc_launch_dependents, gdc_wait = cuda.gdc_launch_dependents, cuda.gdc_wait
+    TensorDescriptor = tensor_descriptor.TensorDescriptor
     HAS_TRITON = True
 except ImportError:  # a CPU build of torch comes without it
 
