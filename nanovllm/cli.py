@@ -172,6 +172,7 @@ def _answer(llm: Any, messages: list[dict[str, Any]], line: str, params: Samplin
 def run_env(arguments: argparse.Namespace) -> int:
     import torch
 
+    from nanovllm.attention.select import explain_backend
     from nanovllm.errors import ModelNotFound
     from nanovllm.loaders.checkpoint import find_demo
     from nanovllm.platforms.base import select_platform
@@ -186,7 +187,7 @@ def run_env(arguments: argparse.Namespace) -> int:
         ("device", device.describe()),
         ("memory", f"{memory.free / 2**30:.1f} GiB free of {memory.total / 2**30:.1f} GiB"),
         ("dtype", f"{str(device.default_dtype()).removeprefix('torch.')} (dtype='auto')"),
-        ("attention", "torch (the only backend so far)"),
+        ("attention", "{} ({})".format(*explain_backend(device.device))),
         ("repacked weights", "yes (oneDNN)" if device.device.type == "cpu" and torch.backends.mkldnn.is_available() else "no"),
     ]
     try:

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from nanovllm.cli import build_parser, main
+
+
+def test_generate_prints_prompt_and_completion(capsys):
+    assert main(["generate", "The capital of France is", "--max-tokens", "2", "--temperature", "0", "--num-threads", "1"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("The capital of France is Paris")
+    assert "KV cache" in captured.err and "tokens/s" in captured.err
+
+
+def test_generate_without_a_prompt_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["generate"]) == 1
+    assert "no prompts" in capsys.readouterr().err
+
+
+def test_chat_answers_and_starts_over(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n/reset\nWhat is 2+2?\n/exit\n"))
+    assert main(["chat", "--max-tokens", "5", "--temperature", "0", "--num-threads", "1"]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.strip().splitlines()) == 2
+    assert "(new conversation)" in captured.err
+
+
+def test_env_names_device_backend_and_default_model(capsys):
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert "attention" in out and "default model" in out and "torch" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--block-size", "0"], "ConfigError: block_size=0"),
+        (["--temperature", "-1"], "InvalidSamplingParams: temperature=-1.0"),
+        (["--model", "/no/such/folder"], "ModelNotFound"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(arguments, message, capsys):
+    assert main(["generate", "x", *arguments]) == 1
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+def test_every_engine_option_has_a_help_text(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["generate", "--help"])
+    assert "tokens per KV block" in capsys.readouterr().out.replace("\n", " ")
