@@ -42,6 +42,13 @@ class TextStreams:
     def open(self, skip_special_tokens: bool) -> TextStream:
         return self._rules.open(self._tables[skip_special_tokens])
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What one token writes inside a text. Unknown ids: nothing."""
+        content, sign = self._tables[False][token_id], self._rules.removed_from_first
+        if isinstance(content, str):
+            return (content.replace(sign, " ") if sign else content).encode()
+        return content or b""
+
 
 class _TokenTable(dict):
     """Token id -> what it contributes; filled as tokens appear. None: nothing, as if the token were not there."""
@@ -61,6 +68,8 @@ class _TokenTable(dict):
 
 class _ByteLevel:
     """GPT-2's scheme: every character of a token stands for a byte, and the bytes together are UTF-8."""
+
+    removed_from_first = ""
 
     def __init__(self) -> None:
         self._byte_of_character = _byte_alphabet()

@@ -6,7 +6,7 @@ One answer may hold several prompts, each with `n` choices: choice `prompt * n +
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -14,17 +14,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nanovllm.outputs import CompletionOutput, GenerationOutput, PositionLogprobs
+from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.answers import Identity, begin, token_names
 from nanovllm.server.errors import BadField
 from nanovllm.server.fields import refused
-from nanovllm.server.logprobs import TokenNames, completion_logprobs, prompt_logprobs
+from nanovllm.server.logprobs import completion_logprobs, joined, prompt_logprobs
 from nanovllm.server.params import make_params, structured_of
-from nanovllm.server.prompts import check_model, prompt_ids, read_prompts
-from nanovllm.server.protocol import CompletionChoice, CompletionRequest, CompletionResponse, GenerationFields
+from nanovllm.server.prompts import check_model, encode_prompt, read_prompts
+from nanovllm.server.protocol import CompletionChoice, CompletionRequest, CompletionResponse, GenerationFields, Usage
 from nanovllm.server.respond import json_response
-from nanovllm.server.streaming import DONE, ChunkWriter, Delta, Deltas, Outputs, finished, merged, usage_of
+from nanovllm.server.streaming import DONE, ChunkWriter, Delta, Deltas, Outputs, finished, merged, usage_of, usage_options
 
 if TYPE_CHECKING:
     from nanovllm.server.context import Server
@@ -41,10 +41,9 @@ async def create_completion(request: Request) -> Response:
     params = _params(body)
     prompts = read_prompts(server, body.prompt, "prompt")
     room = params.max_tokens or 1
-    ids = [await prompt_ids(server, prompt, body, room) for prompt in prompts]
+    ids = [await encode_prompt(server, prompt, body, room) for prompt in prompts]
     identity = Identity.of(server, request, "cmpl-", body.request_id)
-    echoes = [_echo(server, body, params, prompt, one) for prompt, one in zip(prompts, ids)]
-    answer = Answer(body, identity, params.n, token_names(server, body), echoes)
+    answer = Answer(server, body, params, identity, prompts, ids)
     streams = begin(server, request, ids, params, body, identity)
     if body.stream:
         return server.sse(request, answer.events(streams))
@@ -57,8 +56,6 @@ def _params(body: CompletionRequest) -> SamplingParams:
         raise BadField("best_of", f"best_of={body.best_of} must equal n: completions are not ranked")
     options = {}
     if body.echo and body.logprobs is not None:
-        if body.stream:
-            raise BadField("echo", "echo with logprobs is not available in a stream: they are known when the answer ends")
         options["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if max_tokens == 0 and body.echo:
@@ -72,82 +69,93 @@ def _params(body: CompletionRequest) -> SamplingParams:
 def check_stream_options(body: GenerationFields) -> None:
     if body.stream_options is not None and not body.stream:
         raise BadField("stream_options", "stream_options goes with stream=true, and only with it")
-    if body.stream and body.prompt_logprobs is not None:
-        raise BadField("prompt_logprobs", "prompt_logprobs is not available in a stream: they are known when the answer ends")
-
-
-def _echo(server: Server, body: CompletionRequest, params: SamplingParams, prompt: str | list[int], token_ids: list[int]) -> str:
-    """The text that is put before an answer."""
-    if not body.echo:
-        return ""
-    if isinstance(prompt, str) and body.truncate_prompt_tokens is None:
-        return prompt
-    return server.engine.tokenizer.decode(token_ids, params.skip_special_tokens)
 
 
 class Answer:
     """One answer: whole, or chunk by chunk."""
 
-    def __init__(self, body: CompletionRequest, identity: Identity, n: int, names: TokenNames, echoes: list[str]) -> None:
-        self._body, self._identity, self._n, self._names, self._echoes = body, identity, n, names, echoes
-        self._has_text = body.max_tokens != 0
+    def __init__(
+        self,
+        server: Server,
+        body: CompletionRequest,
+        params: SamplingParams,
+        identity: Identity,
+        prompts: list[str | list[int]],
+        ids: list[list[int]],
+    ) -> None:
+        self._body, self._params, self._identity = body, params, identity
+        self._tokenizer = server.engine.tokenizer
+        self._names = token_names(server, body)
+        self._is_prompt_only = body.max_tokens == 0
+        self._echoes = [self._echo(prompt, one) for prompt, one in zip(prompts, ids)]
+
+    def _echo(self, prompt: str | list[int], token_ids: list[int]) -> str:
+        """The text that is put before an answer."""
+        if not self._body.echo:
+            return ""
+        if isinstance(prompt, str) and self._body.truncate_prompt_tokens is None:
+            return prompt
+        return self._tokenizer.decode(token_ids, self._params.skip_special_tokens)
 
     def whole(self, outputs: list[GenerationOutput]) -> CompletionResponse:
-        choices = [self._choice(number, output, one) for number, output in enumerate(outputs) for one in output.completions]
-        usage = usage_of(outputs)
-        if not self._has_text:
-            usage.total_tokens, usage.completion_tokens = usage.prompt_tokens, 0
-        return CompletionResponse(**self._identity.head("text_completion"), choices=choices, usage=usage)
-
-    def _choice(self, number: int, output: GenerationOutput, completion: CompletionOutput) -> CompletionChoice:
-        body, names = self._body, self._names
-        token_ids, positions = completion.token_ids, completion.logprobs
-        if not self._has_text:
-            token_ids, positions = [], positions and []
-        logprobs = None
-        if positions is not None:
-            before: list[PositionLogprobs | None] = _narrowed(output.prompt_logprobs, body.logprobs) if body.echo else []
-            ids = output.prompt_token_ids + token_ids if body.echo else token_ids
-            logprobs = completion_logprobs(names, ids, [*before, *positions])
-        return CompletionChoice(
-            index=number * self._n + completion.index,
-            text=self._echoes[number] + (completion.text if self._has_text else ""),
-            logprobs=logprobs,
-            finish_reason=completion.finish_reason,
-            stop_reason=completion.stop_reason,
-            token_ids=token_ids if body.return_token_ids else None,
-            prompt_token_ids=output.prompt_token_ids if body.return_token_ids else None,
-            prompt_logprobs=prompt_logprobs(names, output.prompt_logprobs) if body.prompt_logprobs is not None else None,
-        )
+        deltas = [(number, output, Deltas(self._params.n).take(output)) for number, output in enumerate(outputs)]
+        choices = [self._choice(number, output, delta) for number, output, found in deltas for delta in found]
+        return CompletionResponse(**self._identity.head("text_completion"), choices=choices, usage=self._usage(outputs))
 
     async def events(self, streams: list[Outputs]) -> AsyncIterator[bytes]:
-        options = self._body.stream_options
-        include_usage = bool(options and options.include_usage)
-        continuous = bool(options and options.continuous_usage_stats)
+        include_usage, continuous = usage_options(self._body)
         writer = ChunkWriter(self._identity.head("text_completion"), include_usage)
-        deltas = [Deltas(self._n) for _ in streams]
+        deltas = [Deltas(self._params.n) for _ in streams]
         outputs: dict[int, GenerationOutput] = {}
         async with aclosing(merged(streams)) as growing:
             async for number, output in growing:
                 outputs[number] = output
-                choices = [self._delta(number, output, delta) for delta in deltas[number].take(output)]
+                choices = [self._choice(number, output, delta) for delta in deltas[number].take(output)]
                 if continuous:
-                    usage = usage_of(outputs.values())
+                    usage = self._usage(outputs.values())
                     yield b"".join([writer.chunk_with(choice, usage=usage) for choice in choices])
                 elif choices:
                     yield writer.chunk(choices[0]) if len(choices) == 1 else b"".join(map(writer.chunk, choices))
         if include_usage:
-            yield writer.chunk_with(None, usage=usage_of(outputs.values()))
+            yield writer.chunk_with(None, usage=self._usage(outputs.values()))
         yield DONE
 
-    def _delta(self, number: int, output: GenerationOutput, delta: Delta) -> CompletionChoice:
-        """The first one of a completion brings the echo along."""
-        is_first = delta.start == 0 and self._is_first(number, delta.index)
-        text = delta.text if self._has_text else ""
+    def _choice(self, number: int, output: GenerationOutput, delta: Delta) -> CompletionChoice:
+        """What a completion has grown. A whole answer is one delta; the first one brings what belongs to the prompt."""
+        body = self._body
+        if self._is_prompt_only:
+            delta.text, delta.token_ids, delta.logprobs = "", [], delta.logprobs and []
         choice = CompletionChoice(
-            index=number * self._n + delta.index,
-            text=self._echoes[number] + text if is_first else text,
+            index=number * self._params.n + delta.index,
+            text=delta.text,
             logprobs=None,
             finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+            token_ids=delta.token_ids if body.return_token_ids else None,
         )
+        if delta.logprobs is not None:
+            offset = delta.start + len(self._echoes[number])
+            choice.logprobs = completion_logprobs(self._names, delta.token_ids, delta.logprobs, offset)
+        if delta.is_first and (body.echo or body.return_token_ids or body.prompt_logprobs is not None):
+            self._add_prompt(choice, number, output)
         return choice
+
+    def _add_prompt(self, choice: CompletionChoice, number: int, output: GenerationOutput) -> None:
+        body, names = self._body, self._names
+        choice.text = self._echoes[number] + choice.text
+        if body.return_token_ids:
+            choice.prompt_token_ids = output.prompt_token_ids
+        if body.prompt_logprobs is not None:
+            choice.prompt_logprobs = prompt_logprobs(names, output.prompt_logprobs, body.prompt_logprobs)
+        if body.echo and choice.logprobs is not None and output.prompt_logprobs is not None:
+            before = completion_logprobs(names, output.prompt_token_ids, output.prompt_logprobs, 0, body.logprobs)
+            choice.logprobs = joined(before, choice.logprobs)
+
+    def _usage(self, outputs: Iterable[GenerationOutput]) -> Usage:
+        usage = usage_of(outputs)
+        if self._is_prompt_only:
+            usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
+        return usage
+
+
+routes = [Route(PATH, create_completion, methods=["POST"])]

@@ -60,16 +60,16 @@ _SAMPLING = _honoured(
     logit_bias="keys are token ids written as strings, values -100 to 100",
     allowed_token_ids="nothing else is drawn",
     bad_words="words that are not written",
-    prompt_logprobs="candidates per prompt token, in `prompt_logprobs`; not with `stream` or `n` prompts' worth of it at once",
+    prompt_logprobs="candidates per prompt token, in `prompt_logprobs`; of a stream, in the first chunk",
     skip_special_tokens="default true: special tokens are left out of the text",
 )
 
 _ENGINE = _honoured(
     stream="answer in server-sent events",
-    stream_options="`include_usage`: a last chunk with usage; `continuous_usage_stats`: usage in every chunk; other keys are refused",
+    stream_options="`include_usage`: a last chunk with usage; `continuous_usage_stats`: usage in every chunk",
     truncate_prompt_tokens="keep so many tokens of the prompt; -1: as many as fit",
     truncation_side="`left` (default) keeps the end of the prompt, `right` its beginning",
-    add_special_tokens="put the tokenizer's special tokens around the prompt; default true, for chats false (templates write them)",
+    add_special_tokens="put the tokenizer's special tokens around the prompt; default true; chats: false, templates write them",
     priority="smaller is more urgent; moves within the class of the API key",
     request_id="becomes the end of the answer's id; must not be in use",
     cache_salt="cached prefixes are shared within one salt only (and within one API key)",
@@ -124,7 +124,7 @@ COMPLETIONS = [
     *_honoured(
         prompt="a string, token ids, or a list of either; one answer per prompt and `n`",
         max_tokens="default 16; 0 only with `echo`",
-        echo="the prompt comes first; with `logprobs` its log-probabilities too (then not with `stream`)",
+        echo="the prompt comes first; with `logprobs` its log-probabilities too",
         logprobs="candidates per token",
         best_of="only when it equals `n`: there is no ranking of more completions than are returned",
     ),
@@ -152,7 +152,7 @@ CHAT = [
         metadata="given back with the answer, not stored",
         store="only false: nothing is stored",
         service_tier="`auto` and `default`; there are no others",
-        modalities="only `[\"text\"]`",
+        modalities='only `["text"]`',
         prompt_cache_key=_HINT,
         safety_identifier=_NO_EFFECT,
     ),
@@ -299,9 +299,9 @@ MESSAGES = [
     ),
 ]
 
-COUNT_TOKENS = [
-    field for field in MESSAGES if field.name in ("model", "messages", "system", "tools", "tool_choice", "thinking", "output_config")
-] + [field for field in MESSAGES if field.name in ("cache_control", "speed", "user_profile_id", "workspace_id")]
+_COUNTED = ("model", "messages", "system", "tools", "tool_choice", "thinking", "output_config")
+_NOT_COUNTED = ("cache_control", "speed", "user_profile_id", "workspace_id", "mcp_servers", "context_management", "betas")
+COUNT_TOKENS = [field for field in MESSAGES if field.name in (*_COUNTED, *_NOT_COUNTED)]
 
 ENDPOINTS: Mapping[str, list[Field]] = {
     "/v1/completions": COMPLETIONS,
@@ -330,7 +330,7 @@ def render_page() -> str:
         "# Request fields",
         "",
         "Every field of vLLM's, OpenAI's and Anthropic's requests is honoured, or refused with a 400 that names it. A field",
-        "that is not in this table is refused as unknown. `null` always means \"left out\". Written by",
+        'that is not in this table is refused as unknown. `null` always means "left out". Written by',
         "`scripts/field_table.py` from `nanovllm/server/fields.py`; do not edit.",
     ]
     for endpoint, table in ENDPOINTS.items():

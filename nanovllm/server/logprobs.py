@@ -33,24 +33,40 @@ class TokenNames:
 
 
 def completion_logprobs(
-    names: TokenNames, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None], offset: int = 0
+    names: TokenNames,
+    token_ids: Sequence[int],
+    positions: Sequence[PositionLogprobs | None],
+    offset: int = 0,
+    max_top: int | None = None,
 ) -> CompletionLogprobs:
-    """`offset`: of the first token in the choice's text, in characters. A position of None (the first of a prompt) has none."""
+    """`offset`: of the first token in the choice's text, in characters. `max_top`: candidates, if fewer than there are.
+
+    A position of None, the first of a prompt, has no log-probability.
+    """
     answer = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
     for token_id, position in zip(token_ids, positions):
         answer.tokens.append(names.name(token_id))
         answer.text_offset.append(offset)
         offset += len(names.text(token_id))
         answer.token_logprobs.append(None if position is None else _finite(position.chosen))
-        answer.top_logprobs.append(None if position is None else _top(names, position))
+        answer.top_logprobs.append(None if position is None else _top(names, position, max_top))
     return answer
 
 
-def _top(names: TokenNames, position: PositionLogprobs) -> dict[str, float]:
-    """Most likely first; the drawn token is always there."""
-    top = {names.name(candidate.token_id): _finite(candidate) for candidate in reversed(position.top)}
-    top = dict(reversed(top.items()))  # of two tokens with one text, the more likely
-    top.setdefault(names.name(position.chosen.token_id), _finite(position.chosen))
+def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        text_offset=first.text_offset + second.text_offset,
+        token_logprobs=first.token_logprobs + second.token_logprobs,
+        tokens=first.tokens + second.tokens,
+        top_logprobs=first.top_logprobs + second.top_logprobs,
+    )
+
+
+def _top(names: TokenNames, position: PositionLogprobs, max_top: int | None) -> dict[str, float]:
+    """Most likely first; of two tokens with one text, the more likely. The token that stands there is always in it."""
+    top: dict[str, float] = {}
+    for candidate in (*position.top[:max_top], position.chosen):
+        top.setdefault(names.name(candidate.token_id), _finite(candidate))
     return top
 
 
@@ -69,17 +85,19 @@ def chat_logprobs(names: TokenNames, positions: Sequence[PositionLogprobs]) -> l
     ]
 
 
-def prompt_logprobs(names: TokenNames, positions: Sequence[PositionLogprobs | None] | None) -> PromptLogprobs | None:
+def prompt_logprobs(
+    names: TokenNames, positions: Sequence[PositionLogprobs | None] | None, max_top: int
+) -> PromptLogprobs | None:
     """Token id -> candidate, for each prompt token."""
     if positions is None:
         return None
-    return [None if position is None else _candidates(names, position) for position in positions]
+    return [None if position is None else _candidates(names, position, max_top) for position in positions]
 
 
-def _candidates(names: TokenNames, position: PositionLogprobs) -> dict[str, Candidate]:
+def _candidates(names: TokenNames, position: PositionLogprobs, max_top: int) -> dict[str, Candidate]:
     return {
         str(one.token_id): Candidate(logprob=_finite(one), rank=one.rank, decoded_token=names.text(one.token_id))
-        for one in (position.chosen, *position.top)
+        for one in (position.chosen, *position.top[:max_top])
     }
 
 

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from nanovllm.errors import InvalidChatTemplate, PromptTooLong
 from nanovllm.server.errors import BadField, HttpError
-from nanovllm.server.protocol import ChatMessage, PromptFields, TemplateFields, Tool
+from nanovllm.server.protocol import ChatMessage, PromptFields, Template, Tool, ToolCall
 
 if TYPE_CHECKING:
     from nanovllm.server.context import Server
 
 LONG_TEXT = 8192  # characters; longer text is rendered and tokenised in a thread: about a millisecond of work
-RESERVED_KWARGS = frozenset(
-    ("messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize")
-    + ("chat_template", "self", "bos_token", "eos_token", "unk_token", "pad_token", "padding", "truncation", "return_tensors")
-)
+RESERVED_KWARGS = {
+    *("messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message", "self"),
+    *("chat_template", "tokenize", "bos_token", "eos_token", "unk_token", "pad_token", "padding", "truncation"),
+}
 Result = TypeVar("Result")
 
 
@@ -73,7 +73,9 @@ def read_prompts(server: Server, value: str | list[Any], field: str) -> list[str
     return value
 
 
-async def prompt_ids(server: Server, prompt: str | list[int], body: PromptFields, room: int, special: bool = True) -> list[int]:
+async def encode_prompt(
+    server: Server, prompt: str | list[int], body: PromptFields, room: int, special: bool = True
+) -> list[int]:
     """The token ids of one prompt, truncated as asked. `room`: tokens that truncate_prompt_tokens=-1 leaves for the answer."""
     if isinstance(prompt, str):
         add_special_tokens = special if body.add_special_tokens is None else body.add_special_tokens
@@ -90,11 +92,42 @@ async def prompt_ids(server: Server, prompt: str | list[int], body: PromptFields
     return token_ids[:limit] if body.truncation_side == "right" else token_ids[-limit:]
 
 
+# --- parts of messages, whose shapes depend on a type inside of them
+
+
+def convert(value: dict[str, Any], kind: type[Result], where: str) -> Result:
+    """`value` as a struct; `where` is its place in the request."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `$")
+        place = where + path.rstrip("`")
+        raise BadField(place, f"{place}: {text}") from None
+
+
+def text_of_parts(content: str | list[dict[str, Any]], kinds: Sequence[str], where: str) -> str:
+    """Parts of the types `kinds` are joined by line breaks; others are refused by their type."""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        kind, text = part.get("type"), part.get("text")
+        if kind not in kinds:
+            place = f"{where}[{index}]"
+            raise BadField(place, f"{place} is of type {str(kind)[:40]!r}; only text is supported: {', '.join(kinds)}")
+        if not isinstance(text, str):
+            raise BadField(f"{where}[{index}].text", f"{where}[{index}].text must be a string")
+        texts.append(text)
+    return "\n".join(texts)
+
+
 # --- messages
 
 
 def plain_messages(server: Server, messages: list[ChatMessage]) -> list[dict[str, Any]]:
     """Messages as templates know them: arguments of tool calls as objects, `developer` as `system`."""
+    if not messages:
+        raise BadField("messages", "messages is empty; give at least one message")
     if len(messages) > server.options.max_messages:
         text = f"messages has {len(messages)} entries; at most max_messages={server.options.max_messages} are allowed"
         raise BadField("messages", text)
@@ -111,11 +144,13 @@ def _plain_message(message: ChatMessage, index: int) -> dict[str, Any]:
         plain["reasoning_content"] = reasoning
     if message.tool_calls:
         where = f"messages[{index}].tool_calls"
-        plain["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": parsed_arguments(call.function.arguments, where)}}
-            for call in message.tool_calls
-        ]
+        plain["tool_calls"] = [_plain_call(call, where) for call in message.tool_calls]
     return plain
+
+
+def _plain_call(call: ToolCall, where: str) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": parsed_arguments(call.function.arguments, where)}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def parsed_arguments(text: str, where: str) -> dict[str, Any]:
@@ -149,7 +184,7 @@ def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
 async def render(
     server: Server,
     messages: list[dict[str, Any]],
-    body: TemplateFields,
+    body: Template,
     tools: list[dict[str, Any]] | None,
     variables: dict[str, Any] | None = None,
 ) -> str:

@@ -24,24 +24,24 @@ class Reply(Struct, kw_only=True, omit_defaults=True):
 # --- parts of requests
 
 
-class StreamOptions(Body):
+class StreamOptions(Body, kw_only=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class JsonSchema(Body):
+class JsonSchema(Body, kw_only=True):
     name: str | None = None
     description: str | None = None
     schema: dict[str, Any] | bool | None = None
     strict: bool | None = None
 
 
-class ResponseFormat(Body):
+class ResponseFormat(Body, kw_only=True):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StructuredOutputs(Body):
+class StructuredOutputs(Body, kw_only=True):
     """One of them. vLLM's other keys are refused as unknown."""
 
     json: dict[str, Any] | str | bool | None = None
@@ -51,40 +51,40 @@ class StructuredOutputs(Body):
     grammar: str | None = None
 
 
-class FunctionTool(Body):
+class FunctionTool(Body, kw_only=True):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(Body):
+class Tool(Body, kw_only=True):
     function: FunctionTool
     type: Literal["function"] = "function"
 
 
-class FunctionName(Body):
+class FunctionName(Body, kw_only=True):
     name: str
 
 
-class NamedToolChoice(Body):
+class NamedToolChoice(Body, kw_only=True):
     function: FunctionName
     type: Literal["function"] = "function"
 
 
-class FunctionCall(Body):
+class FunctionCall(Body, kw_only=True):
     name: str
     arguments: str = "{}"
 
 
-class ToolCall(Body):
+class ToolCall(Body, kw_only=True):
     function: FunctionCall
     id: str | None = None
     type: Literal["function"] = "function"
     index: int | None = None  # clients that put stream deltas together keep it
 
 
-class ChatMessage(Body):
+class ChatMessage(Body, kw_only=True):
     """What clients get back from a server may be sent again as it is: fields that are empty for text are known here."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -103,7 +103,7 @@ class ChatMessage(Body):
 # --- requests
 
 
-class PromptFields(Body):
+class PromptFields(Body, kw_only=True):
     """How a prompt becomes token ids, and whose cache it may use: of every endpoint that runs the model."""
 
     model: str | None = None
@@ -116,7 +116,7 @@ class PromptFields(Body):
     cache_salt: str | None = None
 
 
-class GenerationFields(PromptFields):
+class GenerationFields(PromptFields, kw_only=True):
     """What completions and chats have in common."""
 
     temperature: float | None = None
@@ -152,13 +152,13 @@ class GenerationFields(PromptFields):
     guided_grammar: str | None = None
 
 
-class CompletionRequest(GenerationFields):
+class CompletionRequest(GenerationFields, kw_only=True):
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
     best_of: int | None = None
 
 
-class TemplateFields(Body):
+class TemplateFields(Body, kw_only=True):
     """How messages become a prompt."""
 
     add_generation_prompt: bool | None = None
@@ -167,8 +167,12 @@ class TemplateFields(Body):
     tools: list[Tool] | None = None
 
 
-class ChatRequest(GenerationFields, TemplateFields):
+class ChatRequest(GenerationFields, kw_only=True):
     messages: list[ChatMessage]
+    add_generation_prompt: bool | None = None  # these four are those of TemplateFields: structs have one parent
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -185,7 +189,10 @@ class ChatRequest(GenerationFields, TemplateFields):
     safety_identifier: str | None = None
 
 
-class EmbeddingRequest(PromptFields):
+Template = TemplateFields | ChatRequest  # whatever has the fields
+
+
+class EmbeddingRequest(PromptFields, kw_only=True):
     input: str | list[str | int | list[int]] | None = None
     messages: list[ChatMessage] | None = None
     encoding_format: Literal["float", "base64"] | None = None
@@ -195,7 +202,7 @@ class EmbeddingRequest(PromptFields):
     pooling: Literal["mean", "last"] | None = None
 
 
-class TokenizeRequest(TemplateFields):
+class TokenizeRequest(TemplateFields, kw_only=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
@@ -203,7 +210,7 @@ class TokenizeRequest(TemplateFields):
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(Body, kw_only=True):
     tokens: list[int]
     model: str | None = None
 
@@ -211,15 +218,15 @@ class DetokenizeRequest(Body):
 # --- responses
 
 
-class PromptTokensDetails(Reply):
+class PromptTokensDetails(Reply, kw_only=True):
     cached_tokens: int
 
 
-class CompletionTokensDetails(Reply):
+class CompletionTokensDetails(Reply, kw_only=True):
     reasoning_tokens: int
 
 
-class Usage(Reply):
+class Usage(Reply, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -227,7 +234,7 @@ class Usage(Reply):
     completion_tokens_details: CompletionTokensDetails | None = None
 
 
-class Candidate(Reply):
+class Candidate(Reply, kw_only=True):
     """One entry of `prompt_logprobs`, keyed by its token id."""
 
     logprob: float
@@ -238,7 +245,7 @@ class Candidate(Reply):
 PromptLogprobs = list[dict[str, Candidate] | None]  # nothing precedes the first token
 
 
-class CompletionLogprobs(Reply):
+class CompletionLogprobs(Reply, kw_only=True):
     """Four lists of one length. `text_offset` counts characters from the start of the choice's text."""
 
     text_offset: list[int]
@@ -247,7 +254,7 @@ class CompletionLogprobs(Reply):
     top_logprobs: list[dict[str, float] | None]
 
 
-class CompletionChoice(Reply):
+class CompletionChoice(Reply, kw_only=True):
     """Of an answer, and of a chunk of it: then text, logprobs and ids are those of the chunk."""
 
     index: int
@@ -260,7 +267,7 @@ class CompletionChoice(Reply):
     prompt_token_ids: list[int] | None = None
 
 
-class CompletionResponse(Reply):
+class CompletionResponse(Reply, kw_only=True):
     id: str
     object: str
     created: int
@@ -270,45 +277,45 @@ class CompletionResponse(Reply):
     usage: Usage
 
 
-class TopLogprob(Reply):
+class TopLogprob(Reply, kw_only=True):
     token: str
     logprob: float
     bytes: list[int] | None
 
 
-class TokenLogprobs(Reply):
+class TokenLogprobs(Reply, kw_only=True):
     token: str
     logprob: float
     bytes: list[int] | None
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(Reply):
+class ChatLogprobs(Reply, kw_only=True):
     content: list[TokenLogprobs]
 
 
-class FunctionCallReply(Reply):
+class FunctionCallReply(Reply, kw_only=True):
     """In a stream, the first delta of a call has the name, the others fragments of the arguments."""
 
     name: str | None = None
     arguments: str | None = None
 
 
-class ToolCallReply(Reply):
+class ToolCallReply(Reply, kw_only=True):
     function: FunctionCallReply
     id: str | None = None
     type: str | None = None
     index: int | None = None
 
 
-class AssistantMessage(Reply):
+class AssistantMessage(Reply, kw_only=True):
     role: str
     content: str | None
     reasoning: str | None = None
     tool_calls: list[ToolCallReply] | None = None
 
 
-class ChatChoice(Reply):
+class ChatChoice(Reply, kw_only=True):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
@@ -317,7 +324,7 @@ class ChatChoice(Reply):
     token_ids: list[int] | None = None
 
 
-class ChatResponse(Reply):
+class ChatResponse(Reply, kw_only=True):
     id: str
     object: str
     created: int
@@ -331,14 +338,14 @@ class ChatResponse(Reply):
     prompt_token_ids: list[int] | None = None
 
 
-class ChatDelta(Reply):
+class ChatDelta(Reply, kw_only=True):
     role: str | None = None
     content: str | None = None
     reasoning: str | None = None
     tool_calls: list[ToolCallReply] | None = None
 
 
-class ChatChunkChoice(Reply):
+class ChatChunkChoice(Reply, kw_only=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
@@ -347,18 +354,18 @@ class ChatChunkChoice(Reply):
     token_ids: list[int] | None = None
 
 
-class Embedding(Reply):
+class Embedding(Reply, kw_only=True):
     index: int
     object: str
     embedding: list[float] | str  # a string: base64 of the numbers
 
 
-class EmbeddingUsage(Reply):
+class EmbeddingUsage(Reply, kw_only=True):
     prompt_tokens: int
     total_tokens: int
 
 
-class EmbeddingResponse(Reply):
+class EmbeddingResponse(Reply, kw_only=True):
     id: str
     object: str
     created: int
@@ -367,18 +374,18 @@ class EmbeddingResponse(Reply):
     usage: EmbeddingUsage
 
 
-class TokenizeResponse(Reply):
+class TokenizeResponse(Reply, kw_only=True):
     count: int
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None = None
 
 
-class DetokenizeResponse(Reply):
+class DetokenizeResponse(Reply, kw_only=True):
     prompt: str
 
 
-class Model(Reply):
+class Model(Reply, kw_only=True):
     id: str
     object: str
     created: int
@@ -386,17 +393,17 @@ class Model(Reply):
     max_model_len: int
 
 
-class ModelList(Reply):
+class ModelList(Reply, kw_only=True):
     object: str
     data: list[Model]
 
 
-class ErrorDetail(Reply):
+class ErrorDetail(Reply, kw_only=True):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class ErrorResponse(Reply):
+class ErrorResponse(Reply, kw_only=True):
     error: ErrorDetail

@@ -7,7 +7,7 @@ All of an answer that never changes is encoded once; a chunk costs the encoding 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from nanovllm.outputs import GenerationOutput, PositionLogprobs
-from nanovllm.server.protocol import CompletionTokensDetails, PromptTokensDetails, Usage
+from nanovllm.server.protocol import CompletionTokensDetails, GenerationFields, PromptTokensDetails, Usage
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
@@ -27,8 +27,9 @@ class Delta:
     """What one completion has grown since the last look."""
 
     index: int  # which of the n completions
+    is_first: bool
+    start: int  # characters that came before
     text: str
-    start: int  # of the text, in characters
     token_ids: list[int]
     logprobs: list[PositionLogprobs] | None
     finish_reason: str | None  # of the last delta of a completion
@@ -53,11 +54,12 @@ class Deltas:
                 continue
             self._seen[index] = num_characters + len(text), num_tokens + len(token_ids), reason is not None
             logprobs = completion.logprobs and completion.logprobs[num_tokens : num_tokens + len(token_ids)]
-            found.append(Delta(index, text, num_characters, token_ids, logprobs, reason, completion.stop_reason))
+            is_first = not (num_characters or num_tokens)
+            found.append(Delta(index, is_first, num_characters, text, token_ids, logprobs, reason, completion.stop_reason))
         return found
 
 
-async def merged(streams: Sequence[Outputs]) -> AsyncIterator[tuple[int, GenerationOutput]]:
+async def merged(streams: Sequence[Outputs]) -> AsyncGenerator[tuple[int, GenerationOutput]]:
     """The outputs of several requests as they grow, each with its number. An error of one ends, and aborts, all."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as stream:  # type: ignore[type-var]
@@ -87,7 +89,7 @@ async def _pump(number: int, stream: Outputs, queue: asyncio.Queue[Any]) -> None
     await queue.put((number, None))
 
 
-async def _next(queue: asyncio.Queue[Any], tasks: list[asyncio.Future[None]]) -> Any:
+async def _next(queue: asyncio.Queue[Any], tasks: list[asyncio.Task[None]]) -> Any:
     """The next item; an error that has ended one of the tasks is raised instead of waiting for ever."""
     if not queue.empty():
         return queue.get_nowait()
@@ -128,6 +130,12 @@ def usage_of(outputs: Iterable[GenerationOutput], num_reasoning: int | None = No
         prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
         completion_tokens_details=None if num_reasoning is None else CompletionTokensDetails(reasoning_tokens=num_reasoning),
     )
+
+
+def usage_options(body: GenerationFields) -> tuple[bool, bool]:
+    """(usage in a last chunk, usage in every chunk)."""
+    options = body.stream_options
+    return bool(options and options.include_usage), bool(options and options.continuous_usage_stats)
 
 
 # --- bytes
