@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -200,6 +201,22 @@ def min_tokens(rows: list[EditedRow], device: torch.device) -> Edit | None:
             _forbid_where(batch.positions_on_device[samples] < end_positions, batch.scores, samples, tokens)
 
     return forbid_early_end
+
+
+def grammar_masks(samples: list[int], masks: np.ndarray, device: torch.device) -> Edit:
+    """What a grammar allows: bit t of line i of `masks`, [m, ceil(vocab / 32)] int32, lets sample `samples[i]` draw t.
+
+    Comes last and forbids for good: where nothing that is allowed is left, the allowed tokens are equal to each other.
+    """
+    lines, words = upload(samples, device), upload(masks, device)
+
+    def keep_allowed(batch: EditedLogits) -> None:
+        bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1  # [m, ceil(vocab / 32), 32]
+        is_forbidden = bits.flatten(1)[:, : batch.scores.shape[-1]] == 0  # [m, vocab]
+        scores = batch.scores.index_select(0, lines).clamp_(min=FORBIDDEN)
+        batch.scores.index_copy_(0, lines, scores.masked_fill_(is_forbidden, -torch.inf))
+
+    return keep_allowed
 
 
 def _forbid_where(condition: Tensor, scores: Tensor, samples: Tensor, tokens: Tensor) -> None:

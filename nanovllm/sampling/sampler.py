@@ -8,6 +8,7 @@ Only top-p without top-k waits for the device. Knows rows, not sequences or requ
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ from nanovllm.sampling import filters
 from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, build_groups, draw, limits_of
 from nanovllm.sampling.gumbel import draw_keys, stream_of, token_hashes
 from nanovllm.sampling.logprobs import BatchLogprobs, sampled_logprobs
-from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits
+from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits, grammar_masks
+from nanovllm.structured.base import Matcher, fill_masks
 
 # One line per row, so that the operands of a batch are one indexing away. num_logprobs is -1 for none.
 ROW_COLUMNS = np.dtype([*LIMITS, ("stream", np.uint64), ("has_edits", np.bool_), ("num_logprobs", np.int64)])
@@ -68,14 +70,26 @@ class Sampler:
         is_plain &= (columns["min_p"] == 0) & ~columns["has_edits"] & (columns["num_logprobs"] < 0)
         return columns["inverse_temperature"], draw_keys(columns["stream"], positions), bool(is_plain.all())
 
-    def sample(self, logits: Tensor, rows: list[int], positions: list[int], token_table: Tensor) -> SampledTokens:
+    def sample(
+        self,
+        logits: Tensor,
+        rows: list[int],
+        positions: list[int],
+        token_table: Tensor,
+        matchers: Mapping[int, Matcher] | None = None,
+    ) -> SampledTokens:
         """One token for each line of `logits`, [num_samples, vocab], which are left as they are.
 
         `rows[i]` is the row of sample i, `positions[i]` the place in its sequence that the new token takes; the tokens
-        before it are `token_table[rows[i], :positions[i]]`, of [max_num_seqs, max_model_len + 1] int32.
+        before it are `token_table[rows[i], :positions[i]]`, of [max_num_seqs, max_model_len + 1] int32. `matchers[i]`
+        says what sample i may draw; it is asked here, where the forward pass is under way.
         """
         plan = self._plan_for(rows)
-        scores = apply_edits(plan.edits, logits, positions, token_table) if plan.edits else logits
+        edits = plan.edits
+        if matchers:
+            masks = fill_masks(matchers.values(), logits.shape[-1])
+            edits = [*edits, grammar_masks(list(matchers), masks, self._device)]
+        scores = apply_edits(edits, logits, positions, token_table) if edits else logits
         token_ids = self._draw(scores, plan, positions)
         if not plan.logprobs_asked:
             return SampledTokens(token_ids, None)
