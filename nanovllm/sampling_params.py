@@ -44,7 +44,9 @@ class StructuredOutput:
     def __post_init__(self) -> None:
         if self.kind not in STRUCTURED_KINDS:
             known = ", ".join(STRUCTURED_KINDS)
-            raise InvalidGrammar(f"{self.kind!r} is no kind of structured output ({known}){did_you_mean(str(self.kind), STRUCTURED_KINDS)}")
+            raise InvalidGrammar(
+                f"{self.kind!r} is no kind of structured output ({known}){did_you_mean(str(self.kind), STRUCTURED_KINDS)}"
+            )
         if self.kind == "choice":
             object.__setattr__(self, "value", self._checked_choices())
         elif self.kind == "json_schema" and isinstance(self.value, Mapping):
@@ -96,7 +98,8 @@ class SamplingParams:
     """Options of one request. `InvalidSamplingParams` names the field that is wrong.
 
     Order of the pipeline: logit_bias, allowed_token_ids, bad_words, min_tokens (masks); penalties; the mask of
-    `structured`, which nothing overrules; temperature; min_p; top_k, top_p; draw. `logprobs` are of the model's own distribution, before any of it.
+    `structured`, which nothing overrules; temperature; min_p; top_k, top_p; draw. `logprobs` are of the model's own
+    distribution, before any of it.
     """
 
     temperature: float = 1.0  # 0 is greedy

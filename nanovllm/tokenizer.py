@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tokenizers
+
 from nanovllm.errors import InvalidChatTemplate, InvalidPrompt
 from nanovllm.text_stream import TextStream, TextStreams
 from nanovllm.tokenizer_files import TokenizerParts, read_folder
@@ -48,6 +50,15 @@ class Tokenizer:
         from nanovllm.gguf_vocabulary import read_metadata  # only GGUF checkpoints need it
 
         return cls(read_metadata(metadata))
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """From what `to_json` wrote, in another process."""
+        return cls(TokenizerParts(tokenizers.Tokenizer.from_str(text)))
+
+    def to_json(self) -> str:
+        """Enough to encode and decode; names of special tokens, end tokens and chat templates are left out."""
+        return self._backend.to_str()
 
     # Text to ids and back.
 

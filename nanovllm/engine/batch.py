@@ -1,8 +1,9 @@
 """The two messages between the planes: `ScheduledBatch` down, `StepResult` up.
 
 Control plane and data plane share nothing else. Both messages are plain integers and lists, so that they can cross a
-process boundary as they are; only the matchers stay, and an executor over a boundary sends the masks that they fill. The batch is stored by columns (one list per property, all of one length), because a
-step of 256 sequences then costs four list appends per sequence and turns into device tensors in one copy each.
+process boundary as they are (in place of matchers their masks would). The batch is stored by columns (one list per
+property, all of one length), because a step of 256 sequences then costs four list appends per sequence and turns into
+device tensors in one copy each.
 Read next: `scheduler.py` writes the batch, `model_runner.py` reads it.
 """
 

@@ -311,9 +311,7 @@ class Scheduler:
             self._publish(sequence)
         if is_first and self._siblings:
             self._release_siblings(sequence)
-        if reason == "error":
-            self.finish(sequence, reason, sequence.matcher.error)  # type: ignore[union-attr]
-        elif reason:
+        if reason:
             last = sequence.token_ids[-1]
             self.finish(sequence, reason, last if reason == "stop" and last in sequence.params.stop_token_ids else None)
 
@@ -323,11 +321,8 @@ class Scheduler:
             insort(self.waiting, sibling, key=self.policy.rank)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
-        matcher = sequence.matcher
-        if matcher is not None and not matcher.accept(token_id):
-            return "error"
-        if matcher is not None and matcher.is_terminated:
-            return "stop"
+        if (matcher := sequence.matcher) is not None and (reason := matcher.accept(token_id)):
+            return reason
         if token_id in sequence.stop_token_ids and sequence.num_generated_tokens >= sequence.params.min_tokens:
             return "stop"
         return "length" if len(sequence.token_ids) >= sequence.max_num_tokens else None

@@ -8,7 +8,6 @@ Only top-p without top-k waits for the device. Knows rows, not sequences or requ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, build_groups
 from nanovllm.sampling.gumbel import draw_keys, stream_of, token_hashes
 from nanovllm.sampling.logprobs import BatchLogprobs, sampled_logprobs
 from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits, grammar_masks
-from nanovllm.structured.base import Matcher, fill_masks
+from nanovllm.structured.base import Matchers
 
 # One line per row, so that the operands of a batch are one indexing away. num_logprobs is -1 for none.
 ROW_COLUMNS = np.dtype([*LIMITS, ("stream", np.uint64), ("has_edits", np.bool_), ("num_logprobs", np.int64)])
@@ -71,24 +70,16 @@ class Sampler:
         return columns["inverse_temperature"], draw_keys(columns["stream"], positions), bool(is_plain.all())
 
     def sample(
-        self,
-        logits: Tensor,
-        rows: list[int],
-        positions: list[int],
-        token_table: Tensor,
-        matchers: Mapping[int, Matcher] | None = None,
+        self, logits: Tensor, rows: list[int], positions: list[int], token_table: Tensor, matchers: Matchers | None = None
     ) -> SampledTokens:
         """One token for each line of `logits`, [num_samples, vocab], which are left as they are.
 
         `rows[i]` is the row of sample i, `positions[i]` the place in its sequence that the new token takes; the tokens
-        before it are `token_table[rows[i], :positions[i]]`, of [max_num_seqs, max_model_len + 1] int32. `matchers[i]`
-        says what sample i may draw; it is asked here, where the forward pass is under way.
+        before it are `token_table[rows[i], :positions[i]]`, of [max_num_seqs, max_model_len + 1] int32. `matchers[i]`,
+        if there, is the grammar that sample i follows.
         """
         plan = self._plan_for(rows)
-        edits = plan.edits
-        if matchers:
-            masks = fill_masks(matchers.values(), logits.shape[-1])
-            edits = [*edits, grammar_masks(list(matchers), masks, self._device)]
+        edits = [*plan.edits, grammar_masks(matchers, logits.shape[-1], self._device)] if matchers else plan.edits
         scores = apply_edits(edits, logits, positions, token_table) if edits else logits
         token_ids = self._draw(scores, plan, positions)
         if not plan.logprobs_asked:

@@ -9,7 +9,7 @@ Knows no tensors, no requests and no scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -20,22 +20,23 @@ BITS = 32  # tokens per word of a mask
 
 
 class Matcher(Protocol):
-    """One sequence's place in a grammar. A failure is told once, by `accept`; nothing here raises."""
+    """One sequence's place in a grammar. Nothing here raises: what goes wrong is told by the next `accept`."""
 
-    error: str | None  # why `accept` returned False
+    error: str | None  # what went wrong
 
     def fill_mask(self, mask: np.ndarray) -> None:
         """Set the bits of the tokens that may come next: [num_mask_words] int32, zeros before."""
         ...
 
-    def accept(self, token_id: int) -> bool:
-        """The drawn token. False: the matcher has failed, and its sequence cannot go on."""
+    def accept(self, token_id: int) -> str | None:
+        """Take the drawn token. Returns the reason for the sequence to end here, if there is one.
+
+        "stop": the text is complete and nothing can follow it, or this token ends it. "error": the matcher has failed.
+        """
         ...
 
-    @property
-    def is_terminated(self) -> bool:
-        """The text is complete and nothing can follow it, or the token that ends it was drawn."""
-        ...
+
+Matchers = Mapping[int, Matcher]  # by the sample that has to follow them
 
 
 class Grammar(Protocol):

@@ -39,7 +39,6 @@ class LLGuidanceMatcher:
         self._inner = inner
         self._end_token_ids = end_token_ids
         self._can_end_early = can_end_early
-        self._has_ended = False
         self._seconds_left = MASK_SECONDS_AT_ONCE
 
     def fork(self, can_end_early: bool) -> LLGuidanceMatcher:
@@ -61,25 +60,20 @@ class LLGuidanceMatcher:
         elif not self._can_end_early:
             self._drop_ends(mask)
 
-    def accept(self, token_id: int) -> bool:
+    def accept(self, token_id: int) -> str | None:
         if self.error is not None:
-            return False
+            return "error"
         self._seconds_left += MASK_SECONDS_PER_TOKEN
         if token_id in self._end_token_ids and self._inner.is_accepting():
-            self._has_ended = True
-        elif not self._inner.consume_token(token_id):
-            self._fail(_first_part(self._inner.get_error()) or f"token {token_id} does not fit the grammar")
-        return self.error is None
-
-    @property
-    def is_terminated(self) -> bool:
-        return self._has_ended or self._inner.is_stopped()
+            return "stop"
+        if not self._inner.consume_token(token_id):
+            self._fail(_first_part(self._inner.get_error()))
+            return "error"
+        return "stop" if self._inner.is_stopped() else None
 
     def _check(self, mask: np.ndarray, seconds: float) -> None:
         self._seconds_left -= seconds
-        if self._inner.stop_reason() == "NoExtensionBias":
-            self._fail("no text satisfies it")
-        elif self._inner.is_error():
+        if self._inner.is_error():
             self._fail(_first_part(self._inner.get_error()))
         elif not mask.any():
             self._fail("no token fits here")
@@ -188,4 +182,6 @@ def _translate(structured: StructuredOutput, library: Any) -> str:
 def _first_part(message: str) -> str:
     """Without llguidance's dump of its state."""
     text = message.split("\n<state>")[0].split("\n<non-verbose/>")[0].strip()
+    if text == "NoExtensionBias":
+        return "no text satisfies it"
     return text if len(text) <= MAX_MESSAGE_LENGTH else text[:MAX_MESSAGE_LENGTH] + " ..."
