@@ -12,11 +12,13 @@ from itertools import count
 from nanovllm.engine.batch import RowSampling
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import CacheTooSmall, InvalidPrompt, InvalidSamplingParams, PromptTooLong, RequestError
+from nanovllm.errors import CacheTooSmall, InvalidGrammar, InvalidPrompt, InvalidSamplingParams, PromptTooLong, RequestError
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured.base import Grammar, Matcher
 from nanovllm.tokenizer import Tokenizer
 
 Prompt = str | AbstractSequence[int]
+POOLINGS = ("mean", "last")
 
 
 class Door:
@@ -28,19 +30,30 @@ class Door:
         max_model_len: int,
         eos_token_ids: AbstractSequence[int],
         seed: int,
+        grammar: Grammar | None = None,
     ) -> None:
         self._blocks = block_manager
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._eos_token_ids = tuple(eos_token_ids)
+        self._grammar = grammar
         self._seq_ids = count()
         self._seeds = random.Random(seed)
 
     def make_sequences(
-        self, request_id: str, prompt: Prompt, params: SamplingParams | None, priority: int, cache_salt: str, now: float
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        priority: int,
+        cache_salt: str,
+        now: float,
+        pooling: str | None = None,
     ) -> list[Sequence]:
         """The n sequences of a request. Raises `RequestError` or `CapacityError`."""
+        if pooling is not None:
+            params = _check_pooling(pooling, params)
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidSamplingParams(f"params must be SamplingParams, got {type(params).__name__}")
@@ -53,10 +66,11 @@ class Door:
         self._check_params(params, len(token_ids))
         limit = self._longest_sequence
         max_num_tokens = limit if params.max_tokens is None else min(limit, len(token_ids) + params.max_tokens)
+        matchers = self._compile(params)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
         sequences: list[Sequence] = []
         for index in range(params.n):
-            sampling = self._row_sampling(params, (seed + index) % 2**64, len(token_ids))
+            sampling = self._row_sampling(params, (seed + index) % 2**64, len(token_ids), pooling)
             sequence = Sequence(
                 seq_id=next(self._seq_ids),
                 request_id=request_id,
@@ -69,16 +83,25 @@ class Door:
                 cache_salt=cache_salt,
                 arrival_time=now,
                 sibling=sequences[0] if sequences else None,
+                matcher=matchers[index],
                 token_ids=list(token_ids),
             )
             sequences.append(sequence)
         return sequences
 
-    def _row_sampling(self, params: SamplingParams, seed: int, num_prompt_tokens: int) -> RowSampling:
+    def _compile(self, params: SamplingParams) -> list[Matcher] | list[None]:
+        """A matcher for each of the n sequences. Raises `InvalidGrammar`."""
+        if params.structured is None:
+            return [None] * params.n
+        if self._grammar is None:
+            raise InvalidGrammar("structured output needs a grammar engine, and this engine was built without one")
+        return [self._grammar.compile(params.structured, can_end_early=not params.ignore_eos) for _ in range(params.n)]
+
+    def _row_sampling(self, params: SamplingParams, seed: int, num_prompt_tokens: int, pooling: str | None) -> RowSampling:
         stop_token_ids = (() if params.ignore_eos else self._eos_token_ids) + tuple(params.stop_token_ids)
         spellings = [tuple(ids) for word in params.bad_words for ids in self._tokenizer.token_ids_of_word(word)]  # type: ignore[union-attr]
         bad_words = tuple(ids for ids in spellings if max(ids) < self._vocab_size)
-        return RowSampling(params, seed, stop_token_ids, bad_words, num_prompt_tokens)
+        return RowSampling(params, seed, stop_token_ids, bad_words, num_prompt_tokens, pooling)
 
     @property
     def _longest_sequence(self) -> int:
@@ -131,6 +154,15 @@ class Door:
                     raise InvalidSamplingParams(f"{name}: token id {token_id} is not in the vocabulary of {self._vocab_size}")
         if self._tokenizer is None and (params.stop or params.bad_words):
             raise InvalidSamplingParams("stop and bad_words need a tokenizer, and the engine has none")
+
+
+def _check_pooling(pooling: str, params: SamplingParams | None) -> SamplingParams:
+    """A prompt's vector comes with its first token, which nobody reads: the loop needs no second kind of ending."""
+    if pooling not in POOLINGS:
+        raise RequestError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if params is not None:
+        raise InvalidSamplingParams("a request for an embedding takes no sampling params: nothing is generated")
+    return SamplingParams(temperature=0, max_tokens=1)
 
 
 def _is_text(string: str) -> bool:

@@ -25,6 +25,7 @@ from nanovllm.errors import EngineDead, InvalidPrompt, InvalidSamplingParams, Re
 from nanovllm.executor.base import Executor
 from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured.base import Grammar
 from nanovllm.tokenizer import Tokenizer
 
 
@@ -40,6 +41,7 @@ class LLMEngine:
         max_model_len: int,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: AbstractSequence[int] = (),
+        grammar: Grammar | None = None,
         num_steps_ahead: int = 1,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
@@ -49,7 +51,7 @@ class LLMEngine:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.events: Events = scheduler.events
-        self._door = Door(scheduler.block_manager, tokenizer, vocab_size, max_model_len, eos_token_ids, seed)
+        self._door = Door(scheduler.block_manager, tokenizer, vocab_size, max_model_len, eos_token_ids, seed, grammar)
         self._num_steps_ahead = num_steps_ahead
         self._requests: dict[str, Request] = {}
         self._request_numbers = count()
@@ -70,15 +72,17 @@ class LLMEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        pooling: str | None = None,
     ) -> str:
         """Queue one request; returns its id. Raises `RequestError` or `CapacityError`, and then nothing has changed.
 
         `cache_salt`: requests share cached prefixes only with requests of the same salt. `priority`: smaller is more
-        urgent; needs `scheduling_policy="priority"` to have an effect on order.
+        urgent; needs `scheduling_policy="priority"` to have an effect on order. `pooling`: the result is the prompt's
+        vector, the mean of its hidden states or the last one.
         """
         self._check_alive()
         request_id = self._check_id(request_id)
-        sequences = self._door.make_sequences(request_id, prompt, params, priority, cache_salt, self._clock())
+        sequences = self._door.make_sequences(request_id, prompt, params, priority, cache_salt, self._clock(), pooling)
         self._requests[request_id] = Request.begin(sequences, prompt if isinstance(prompt, str) else None, self.tokenizer)
         self.scheduler.add(sequences)
         if self.events.listeners:
@@ -219,6 +223,7 @@ class LLMEngine:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        pooling: str | None = None,
         use_tqdm: bool = False,
     ) -> list[GenerationOutput]:
         """Run prompts to their end; outputs in the order of the prompts. If one is refused, none is left behind."""
@@ -232,7 +237,7 @@ class LLMEngine:
         unfinished: dict[str, GenerationOutput] = {}
         try:
             for prompt, one in zip(prompts, per_prompt):
-                request_id = self.add_request(prompt, one, priority=priority, cache_salt=cache_salt)
+                request_id = self.add_request(prompt, one, priority=priority, cache_salt=cache_salt, pooling=pooling)
                 unfinished[request_id] = self.output_of(request_id)
             outputs = list(unfinished.values())
             with Progress(len(prompts), use_tqdm) as progress, deferred_interrupt() as interrupted:
