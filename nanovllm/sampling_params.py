@@ -215,11 +215,3 @@ def _token_ids(name: str, values: Any) -> tuple[int, ...]:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
             raise InvalidSamplingParams(f"{name} must hold token ids (whole numbers from 0), got {value!r}")
     return tuple(values)
-
-
-@dataclass(frozen=True, slots=True)
-class StructuredOutput:
-    """Stand-in until branch `grammar` is merged."""
-
-    kind: str
-    value: Any

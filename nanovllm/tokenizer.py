@@ -135,10 +135,6 @@ class Tokenizer:
         """Characters of the longest token: n tokens cannot hold more than n times as many."""
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """What a token writes, special or not; a character may be spread over several tokens."""
-        return self._streams.bytes_of(token_id)
-
     def token_to_id(self, text: str) -> int | None:
         return self._backend.token_to_id(text)
 
