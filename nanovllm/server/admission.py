@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 from nanovllm.server.auth import Key
 from nanovllm.server.errors import QueueFull, Unavailable
@@ -68,7 +69,7 @@ class Admission:
         self._share, self._clock = share, clock
         self._heap: list[Ticket] = []
         self._numbers = count()
-        self._accounts: dict[bytes, Account] = {}
+        self._accounts: dict[str, Account] = {}
         self._served: deque[tuple[float, int]] = deque(maxlen=4096)
 
     def enter(self, key: Key, priority: int = 0, weight: int = 1, tokens: int = 0) -> Ticket:
@@ -151,6 +152,11 @@ class Admission:
             ticket.turn.set_exception(error)
             self.leave(ticket)
 
+    def describe(self) -> dict[str, Any]:
+        """For people: who waits, and what the keys use."""
+        accounts = {name: {"open": account.num_open, "balance": account.balance} for name, account in self._accounts.items()}
+        return {"running": self.num_running, "waiting": self.num_waiting, "capacity": self.capacity, "keys": accounts}
+
     # --- limits of keys
 
     def _check_limits_of(self, key: Key, weight: int) -> None:
@@ -170,10 +176,10 @@ class Admission:
     def _account(self, key: Key) -> Account:
         """Refilled up to now: a bucket of one minute's tokens, which fills at the quota's rate."""
         now = self._clock()
-        account = self._accounts.get(key.digest)
+        account = self._accounts.get(key.name)
         if account is None:
             full = 0.0 if key.tokens_per_minute is None else key.tokens_per_minute * self._share
-            account = self._accounts[key.digest] = Account(0, full, now)
+            account = self._accounts[key.name] = Account(0, full, now)
         elif key.tokens_per_minute is not None:
             full = key.tokens_per_minute * self._share
             account.balance = min(full, account.balance + full * (now - account.updated) / 60)

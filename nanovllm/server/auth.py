@@ -24,7 +24,6 @@ from nanovllm.server.errors import HttpError
 from nanovllm.server.options import ServerOptions
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
-OPEN_PAGE_PATHS = frozenset({"/", "/page/app.js", "/page/style.css", "/favicon.ico"})  # static: they tell nothing
 MAX_KEY_LENGTH = 1024
 
 
@@ -144,11 +143,13 @@ def _key_of(entry: dict[str, Any], where: str) -> Key:
 class Authentication:
     """Raw ASGI: finds the key of a request, or refuses it. The key ends up in `scope["state"]["key"]`."""
 
-    def __init__(self, app: Any, keyring: Keyring, options: ServerOptions) -> None:
+    def __init__(self, app: Any, keyring: Keyring, options: ServerOptions, open_paths: Iterable[str] = ()) -> None:
+        """`open_paths`: of static files, which tell nothing; open to GET without a key."""
         self.app, self.keyring = app, keyring
-        self._guards_browsers = not keyring.has_user_keys and not options.insecure
+        self._open_paths = frozenset(open_paths)
+        self._guards_browsers = not keyring.has_user_keys and not options.insecure and options.uds is None
         self._hosts = {"localhost", "127.0.0.1", "[::1]", options.host}
-        self._origins = {origin.strip() for origin in options.cors_origins.split(",") if origin.strip()}
+        self._origins = set(options.origins)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
@@ -159,7 +160,7 @@ class Authentication:
         """Raises 401 or 403."""
         path = scope["path"]
         is_plain = scope.get("raw_path", b"").partition(b"?")[0] == path.encode("utf-8", "surrogateescape")
-        if is_plain and (path in OPEN_PATHS or (path in OPEN_PAGE_PATHS and scope["method"] in ("GET", "HEAD"))):
+        if is_plain and (path in OPEN_PATHS or (path in self._open_paths and scope["method"] in ("GET", "HEAD"))):
             return ANONYMOUS
         is_admin_path = path == "/admin" or path.startswith("/admin/")
         if not self.keyring.has_user_keys and not is_admin_path:

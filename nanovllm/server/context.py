@@ -11,12 +11,15 @@ in the engine. Knows no endpoint; read next: `admission.py`, `app.py`.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -26,30 +29,39 @@ from nanovllm.server.admission import Admission, Ticket, queue_timed_out
 from nanovllm.server.auth import Key
 from nanovllm.server.body import parse_body, read_body
 from nanovllm.server.errors import BadField, ClientGone, DeadlineExceeded, HttpError, Unavailable, error_event
-from nanovllm.server.metrics import Metrics
+from nanovllm.server.metrics import Metrics, Snapshot
 from nanovllm.server.options import ServerOptions
+from nanovllm.server.shared import PERIOD_S, SharedFolder
 
 if TYPE_CHECKING:
     from nanovllm.engine.async_engine import AsyncEngine
 
 T = TypeVar("T")
+DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"  # of the embedded model
+LIVE_LIMITS = ("max_queued_requests", "queue_timeout_s", "request_timeout_s")  # an admin may change them
 MAX_PRIORITY = 1000  # of a request, either way; a key's class outweighs it
 
 
 class Server:
     """One per front-end process: `request.app.state.server`."""
 
-    def __init__(self, engine: AsyncEngine, options: ServerOptions, share: float = 1.0) -> None:
-        """`share`: this process's part of the limits, when there are several."""
+    def __init__(self, engine: AsyncEngine, options: ServerOptions, *, shared: SharedFolder | None = None) -> None:
+        """`shared`: where several front ends meet; each then has its part of the limits."""
+        facts = engine.facts
         self.engine, self.options = engine, options
-        self.model_name = options.served_model_name or engine.facts.model
+        self.limits = options  # those of now: an admin may have changed some
+        self.model_name = options.served_model_name or facts.model or DEFAULT_MODEL_NAME
         self.started_at = int(time.time())
-        self.metrics = Metrics(self.model_name, engine.facts.max_model_len)
-        self.admission = Admission(
-            capacity=_capacity(engine.facts.max_num_seqs, share), max_queued=options.max_queued_requests, share=share
-        )
+        self.metrics = Metrics(facts.max_model_len)
         self.is_draining = False
+        self.on_drain: Callable[[], None] | None = None  # set by whoever runs the process
         self.num_open = 0  # HTTP requests that a drain waits for
+        self._share = 1 / options.num_frontends if shared else 1.0
+        self.admission = Admission(capacity=_capacity(facts.max_num_seqs, self._share), max_queued=0, share=self._share)
+        self._shared = shared
+        self._use_limits(options)
+        if shared is not None and (before := shared.predecessor()) is not None:
+            self.metrics.counts.add(before)
         self._stopping: asyncio.Future[None] | None = None  # done: what is open ends with an error
         self._numbers = count()
 
@@ -83,12 +95,12 @@ class Server:
         name = request_id or f"{request.state.request_id}-{next(self._numbers)}"
         ticket = self._enter(key, priority, params.n, self._most_tokens(prompt, params))
         record = self.metrics.begin(params)
-        output = None
+        request.state._state.setdefault("records", []).append(record)
         late = _QueueTimer(self, ticket, name)
+        error: BaseException | None = None
         try:
             if ticket.turn is not None:
                 await ticket.turn
-            record.admitted()
             stream = self.engine.generate(
                 prompt,
                 params,
@@ -103,12 +115,14 @@ class Server:
                     yield output
             if late.error is not None:
                 raise late.error
+        except (GeneratorExit, asyncio.CancelledError):
+            raise
+        except BaseException as failure:
+            error = failure
+            raise
         finally:
             late.stop()
-            used = 0 if output is None else record.ended(output)
-            self.admission.leave(ticket, used)
-            note = request.state._state.setdefault("usage", [])
-            note.append(record)
+            self.admission.leave(ticket, record.ended(error))
 
     async def embed(
         self,
@@ -146,7 +160,7 @@ class Server:
         """
         task = asyncio.ensure_future(work)
         gone, stopping = self._gone(request), self._stop_signal()
-        limit = self.options.request_timeout_s
+        limit = self.limits.request_timeout_s
         remaining = request.state.arrived + limit - time.monotonic() if limit else None
         try:
             await asyncio.wait({task, gone, stopping}, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
@@ -182,6 +196,48 @@ class Server:
         """Requests share cached prefixes only within one key, and there only with the same `cache_salt`."""
         own = "" if self.options.share_prefix_cache else key.salt
         return f"{own}:{cache_salt or ''}" if own or cache_salt else ""
+
+    # --- the process
+
+    def begin_drain(self) -> None:
+        """No new requests from now on. Idempotent."""
+        if not self.is_draining:
+            self.is_draining = True
+            if self.on_drain is not None:
+                self.on_drain()
+
+    def all_counts(self) -> Snapshot:
+        """Those of all front ends: this one's are of now, the others' at most a second old."""
+        counts = msgspec.msgpack.decode(msgspec.msgpack.encode(self.metrics.counts), type=Snapshot)  # a deep copy
+        counts.gauges = {"requests_open": self.num_open, "requests_queued": self.admission.num_waiting}
+        for other in self._shared.others() if self._shared is not None else ():
+            counts.add(other)
+        return counts
+
+    def check_limits(self, changes: Mapping[str, Any]) -> ServerOptions:
+        """The limits with these changes. Raises `ConfigError`."""
+        return replace(self.limits, **changes)
+
+    def share_limits(self, limits: ServerOptions) -> None:
+        """Use them from now on, here and in the other front ends."""
+        self._use_limits(limits)
+        if self._shared is not None:
+            self._shared.write_limits({name: getattr(limits, name) for name in LIVE_LIMITS})
+
+    async def keep_in_step(self) -> None:
+        """With other front ends, forever."""
+        while self._shared is not None:
+            counts = self.metrics.counts
+            counts.gauges = {"requests_open": self.num_open, "requests_queued": self.admission.num_waiting}
+            self._shared.write_counts(counts)
+            changes = self._shared.changed_limits()
+            if changes is not None:
+                self._use_limits(self.check_limits(changes))
+            await asyncio.sleep(PERIOD_S)
+
+    def _use_limits(self, limits: ServerOptions) -> None:
+        self.limits = limits
+        self.admission.max_queued = math.ceil(limits.max_queued_requests * self._share)
 
     def stop_open_requests(self) -> None:
         """End what is open with an error: the drain has lasted long enough."""
@@ -263,7 +319,7 @@ class _QueueTimer:
     def __init__(self, server: Server, ticket: Ticket, name: str) -> None:
         self._server, self._ticket, self._name = server, ticket, name
         self.error: HttpError | None = None
-        seconds = server.options.queue_timeout_s
+        seconds = server.limits.queue_timeout_s
         self._handle = asyncio.get_running_loop().call_later(seconds, self._expire) if seconds else None
 
     def stop(self) -> None:
@@ -273,7 +329,7 @@ class _QueueTimer:
 
     def _expire(self) -> None:
         server = self._server
-        self.error = queue_timed_out(server.options.queue_timeout_s, server.admission.retry_after())
+        self.error = queue_timed_out(server.limits.queue_timeout_s, server.admission.retry_after())
         server.metrics.refused("queue_timeout")
         if self._ticket.state == "waiting":
             server.admission.expire(self._ticket, self.error)
@@ -284,8 +340,8 @@ class _QueueTimer:
 async def _last(stream: AsyncIterator[GenerationOutput]) -> GenerationOutput:
     output = None
     async with aclosing(stream):  # type: ignore[type-var]
-        async for output in stream:
-            pass
+        async for grown in stream:
+            output = grown
     if output is None:
         raise RuntimeError("the engine ended a request without an output")
     return output

@@ -1,13 +1,13 @@
 """ServerOptions: every option of the server, with its default and its unit. `nanovllm serve --help` is made of it.
 
 Frozen, like `EngineConfig`. Keys are not options: they come from files or the environment, so that no process list shows
-them (`auth.py`). With several front-end processes, limits that count something are shared out: `per_frontend` says how.
+them (`auth.py`). With several front-end processes each has its share of the limits that count something.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from nanovllm.errors import ConfigError, did_you_mean
@@ -68,6 +68,10 @@ class ServerOptions:
         return cls(**options)
 
     @property
+    def origins(self) -> list[str]:
+        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+
+    @property
     def is_loopback(self) -> bool:
         """Nobody but this machine can connect."""
         if self.uds is not None or self.host == "localhost":
@@ -76,11 +80,6 @@ class ServerOptions:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
-
-    def per_frontend(self) -> ServerOptions:
-        """The share of one of `num_frontends` processes: the kernel spreads connections evenly among them."""
-        share = -(-self.max_queued_requests // self.num_frontends)
-        return replace(self, max_queued_requests=share, max_connections=-(-self.max_connections // self.num_frontends))
 
     def _check(self, name: str, annotation: str) -> None:
         value = getattr(self, name)
