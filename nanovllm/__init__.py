@@ -14,6 +14,7 @@ from nanovllm.platforms.openmp import set_waiting_policy
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
+    from nanovllm.engine.async_engine import AsyncEngine
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.llm import LLM, CompletionDelta
     from nanovllm.outputs import CompletionOutput, EmbeddingOutput, GenerationOutput
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "CompletionDelta",
     "CompletionOutput",
     "EmbeddingOutput",
@@ -34,6 +36,7 @@ __all__ = [
 
 _HOMES = {
     "LLM": "nanovllm.llm",
+    "AsyncEngine": "nanovllm.engine.async_engine",
     "CompletionDelta": "nanovllm.llm",
     "CompletionOutput": "nanovllm.outputs",
     "EmbeddingOutput": "nanovllm.outputs",

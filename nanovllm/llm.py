@@ -64,6 +64,7 @@ class BuiltEngine:
     spec: ModelSpec
     memory_plan: MemoryPlan
     platform: Platform
+    eos_token_ids: tuple[int, ...]
 
 
 class LLM:
@@ -72,15 +73,8 @@ class LLM:
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         show_log_unless_configured()
         config = EngineConfig.from_options(model=str(model) if isinstance(model, Path) else model, **options)
-        platform = select_platform(config.device)
-        checkpoint = open_checkpoint(config.model, revision=config.revision, hub=config.hub)
-        spec = read_model_spec(checkpoint.config, checkpoint.name)
-        tokenizer = load_tokenizer(checkpoint)
-        eos_token_ids = known_token_ids((*checkpoint.eos_token_ids, *tokenizer.end_token_ids), spec.vocab_size)
-        grammar = LLGuidanceGrammar(tokenizer, spec.vocab_size, eos_token_ids)
-        built = build_engine(config, platform, spec, checkpoint.weights, tokenizer, eos_token_ids, grammar)
+        built, self.tokenizer = open_engine(config)
         self.engine, self.config, self.spec, self.memory_plan = built.engine, built.config, built.spec, built.memory_plan
-        self.tokenizer = tokenizer
 
     def generate(
         self,
@@ -232,6 +226,19 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     return [prompts] if is_one else prompts  # type: ignore[list-item, return-value]
 
 
+def open_engine(config: EngineConfig, speaks_text: bool = True) -> tuple[BuiltEngine, Tokenizer]:
+    """Find the checkpoint, read it, build the engine. `speaks_text` False: prompts and outputs are token ids only."""
+    platform = select_platform(config.device)
+    checkpoint = open_checkpoint(config.model, revision=config.revision, hub=config.hub)
+    spec = read_model_spec(checkpoint.config, checkpoint.name)
+    tokenizer = load_tokenizer(checkpoint)
+    eos_token_ids = known_token_ids((*checkpoint.eos_token_ids, *tokenizer.end_token_ids), spec.vocab_size)
+    grammar = LLGuidanceGrammar(tokenizer, spec.vocab_size, eos_token_ids)
+    text = tokenizer if speaks_text else None
+    built = build_engine(config, platform, spec, checkpoint.weights, text, eos_token_ids, grammar)
+    return built, tokenizer
+
+
 def known_token_ids(token_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     """Each once, without those that the model cannot produce: a checkpoint's files may disagree about the vocabulary."""
     unknown = [token_id for token_id in token_ids if token_id >= vocab_size]
@@ -290,7 +297,7 @@ def build_engine(
         num_steps_ahead=config.num_steps_ahead or 0,
         seed=config.seed,
     )
-    return BuiltEngine(engine, config, spec, plan, platform)
+    return BuiltEngine(engine, config, spec, plan, platform, tuple(eos_token_ids))
 
 
 def resolve(config: EngineConfig, platform: Platform, spec: ModelSpec) -> tuple[EngineConfig, MemoryPlan, torch.dtype]:
