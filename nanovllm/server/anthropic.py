@@ -52,8 +52,8 @@ from nanovllm.server.chat import check_service
 from nanovllm.server.conversation import Conversation, Item, Items, ToolChoice, TurnReader, begin_conversation
 from nanovllm.server.errors import BadField
 from nanovllm.server.fields import refused
-from nanovllm.server.params import make_params, make_structured, schema_text
-from nanovllm.server.prompts import check_model, convert, encode, text_of_parts
+from nanovllm.server.params import constraint_of, make_params, schema_text
+from nanovllm.server.prompts import check_model, convert, text_of_parts
 from nanovllm.server.protocol import (
     ChatMessage,
     FunctionCall,
@@ -83,8 +83,8 @@ async def create_message(request: Request) -> Response:
     check_model(server, body.model)
     check_service(None, body.service_tier, ("auto", "standard_only"))
     turn = await _begin(server, body)
-    params = _params(body, turn)
-    token_ids = await encode(server, turn.prompt, False)
+    params = await _params(server, body, turn)
+    token_ids = await server.engine.encode(turn.prompt, False)
     identity = Identity.of(server, request, "msg_")
     writer = Writer(server, identity, turn)
     streams = begin(server, request, [token_ids], params, body, identity)
@@ -99,7 +99,7 @@ async def count_tokens(request: Request) -> Response:
     body = await server.read(request, CountTokensRequest, REFUSED[COUNT_PATH])
     check_model(server, body.model)
     turn = await _begin(server, body)
-    return json_response(TokenCount(input_tokens=len(await encode(server, turn.prompt, False))))
+    return json_response(TokenCount(input_tokens=len(await server.engine.encode(turn.prompt, False))))
 
 
 async def _begin(server: Server, body: CountTokensRequest) -> Conversation:
@@ -129,16 +129,12 @@ def _thinking(server: Server, kind: str) -> dict[str, Any] | None:
     return None
 
 
-def _params(body: MessagesRequest, turn: Conversation) -> SamplingParams:
+async def _params(server: Server, body: MessagesRequest, turn: Conversation) -> SamplingParams:
     options: dict[str, Any] = {"max_tokens": body.max_tokens, "stop": body.stop_sequences or ()}
     form = body.output_config.format if body.output_config else None
-    structured = turn.constraint
-    if form is not None:
-        if structured is not None:
-            raise BadField("tool_choice", "a required tool call has a form of its own; leave out output_config.format")
-        structured = make_structured("output_config.format", "json_schema", schema_text(form.schema))
-    if structured is not None:
-        options["structured"] = structured
+    field = "output_config.format"
+    structured = None if form is None else await server.grammars.make(field, "json_schema", schema_text(form.schema))
+    options |= await constraint_of(server, structured, turn, field)
     if turn.needs_special_tokens:
         options["skip_special_tokens"] = False
     return make_params(body, names={"stop": "stop_sequences"}, **options)

@@ -61,7 +61,7 @@ async def create_chat_completion(request: Request) -> Response:
         effort=body.reasoning_effort,
         documents=body.documents,
     )
-    params = _params(body, conversation)
+    params = await _params(server, body, conversation)
     ids = await encode_prompt(server, conversation.prompt, body, params.max_tokens or 1, special=False)
     identity = Identity.of(server, request, "chatcmpl-", body.request_id)
     answer = Answer(server, body, params, identity, conversation)
@@ -90,7 +90,7 @@ def check_service(store: bool | None, service_tier: str | None, tiers: tuple[str
         raise BadField("service_tier", f"service_tier={service_tier[:40]!r} does not exist here; there are {' and '.join(tiers)}")
 
 
-def _params(body: ChatRequest, conversation: Conversation) -> SamplingParams:
+async def _params(server: Server, body: ChatRequest, conversation: Conversation) -> SamplingParams:
     options: dict[str, Any] = {}
     names = {"logprobs": "top_logprobs"}
     if body.logprobs:
@@ -100,14 +100,8 @@ def _params(body: ChatRequest, conversation: Conversation) -> SamplingParams:
         max_tokens = body.max_tokens
     else:
         names["max_tokens"] = "max_completion_tokens"
-    structured = structured_of(body)
-    if structured is not None and conversation.constraint is not None:
-        raise BadField(
-            "tool_choice", "a required tool call has a form of its own; leave out response_format / structured_outputs"
-        )
-    structured = structured or conversation.constraint
-    if structured is not None:
-        options["structured"] = structured
+    form = await structured_of(server, body)
+    options |= await constraint_of(server, form, conversation, "response_format")
     if conversation.needs_special_tokens:
         if body.skip_special_tokens:
             raise BadField("skip_special_tokens", "skip_special_tokens=true would hide the marks of tool calls; leave it out")

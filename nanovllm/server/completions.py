@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -38,7 +38,7 @@ async def create_completion(request: Request) -> Response:
     server: Server = request.app.state.server
     body = await server.read(request, CompletionRequest, REFUSED)
     check_model(server, body.model)
-    params = _params(body)
+    params = await _params(server, body)
     prompts = read_prompts(server, body.prompt, "prompt")
     room = params.max_tokens or 1
     ids = [await encode_prompt(server, prompt, body, room) for prompt in prompts]
@@ -50,17 +50,17 @@ async def create_completion(request: Request) -> Response:
     return json_response(answer.whole(await server.run(request, finished(streams))))
 
 
-def _params(body: CompletionRequest) -> SamplingParams:
+async def _params(server: Server, body: CompletionRequest) -> SamplingParams:
     check_stream_options(body)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise BadField("best_of", f"best_of={body.best_of} must equal n: completions are not ranked")
-    options = {}
+    options: dict[str, Any] = {}
     if body.echo and body.logprobs is not None:
         options["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if max_tokens == 0 and body.echo:
         max_tokens = 1  # the prompt alone is wanted; the engine has to generate something, which is dropped
-    structured = structured_of(body)
+    structured = await structured_of(server, body)
     if structured is not None:
         options["structured"] = structured
     return make_params(body, max_tokens=max_tokens, logprobs=body.logprobs, **options)

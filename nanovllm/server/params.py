@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import InvalidSamplingParams
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, StructuredOutput
 from nanovllm.server.errors import BadField
 from nanovllm.server.protocol import GenerationFields, JsonSchema, ResponseFormat, StructuredOutputs
+
+if TYPE_CHECKING:
+    from nanovllm.server.context import Server
+    from nanovllm.server.conversation import Conversation
 
 SAME_NAME = (
     "temperature",
@@ -66,8 +70,8 @@ def _token_id(key: str) -> int:
 # --- structured output
 
 
-def structured_of(body: GenerationFields) -> Any:
-    """The grammar that a completion or chat asks for, or None. One at most."""
+async def structured_of(server: Server, body: GenerationFields) -> StructuredOutput | None:
+    """The form that a completion or chat asks for. One at most; it is known to compile."""
     found = [
         *_from_response_format(body.response_format),
         *_from_structured_outputs(body.structured_outputs),
@@ -75,12 +79,17 @@ def structured_of(body: GenerationFields) -> Any:
     ]
     if len(found) > 1:
         raise BadField(found[1][0], f"{found[0][0]} and {found[1][0]} each ask for a form of the output; send only one of them")
-    return make_structured(*found[0]) if found else None
+    return await server.grammars.make(*found[0]) if found else None
 
 
-def make_structured(field: str, kind: str, value: str | tuple[str, ...]) -> Any:
-    """`StructuredOutput(kind, value)`; what is wrong with it is reported under `field`."""
-    raise BadField(field, f"{field}: structured output is not built into this server yet")
+async def constraint_of(server: Server, form: StructuredOutput | None, turn: Conversation, field: str) -> dict[str, Any]:
+    """Of a chat: the params' option for `form`, or for the call that the model has to make. `field`: asked for `form`."""
+    call = turn.constraint
+    if call is None:
+        return {} if form is None else {"structured": form}
+    if form is not None:
+        raise BadField("tool_choice", f"a required tool call has a form of its own; leave out {field}")
+    return {"structured": await server.grammars.make("tools", call.kind, call.value)}  # type: ignore[arg-type]
 
 
 def schema_text(schema: Any) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from nanovllm.errors import InvalidChatTemplate, PromptTooLong
+from nanovllm.errors import InvalidChatTemplate
 from nanovllm.server.errors import BadField, HttpError
 from nanovllm.server.protocol import ChatMessage, PromptFields, Template, Tool, ToolCall
 
@@ -47,15 +47,6 @@ async def off_loop(size: int, function: Callable[..., Result], *args: Any, **opt
     return await asyncio.to_thread(function, *args, **options)
 
 
-async def encode(server: Server, text: str, add_special_tokens: bool) -> list[int]:
-    """The ids of a text. `PromptTooLong` before any work when no tokenizer could fit it into the context."""
-    tokenizer, max_model_len = server.engine.tokenizer, server.engine.facts.max_model_len
-    most = max_model_len * tokenizer.longest_token
-    if len(text) > most:
-        raise PromptTooLong(f"the prompt has {len(text)} characters; max_model_len={max_model_len} tokens hold at most {most}")
-    return await off_loop(len(text), tokenizer.encode, text, add_special_tokens)
-
-
 def read_prompts(server: Server, value: str | list[Any], field: str) -> list[str | list[int]]:
     """One prompt or many: "a", ["a", "b"], [1, 2], [[1, 2], [3]]."""
     if isinstance(value, str):
@@ -79,7 +70,7 @@ async def encode_prompt(
     """The token ids of one prompt, truncated as asked. `room`: tokens that truncate_prompt_tokens=-1 leaves for the answer."""
     if isinstance(prompt, str):
         add_special_tokens = special if body.add_special_tokens is None else body.add_special_tokens
-        token_ids = await encode(server, prompt, add_special_tokens)
+        token_ids = await server.engine.encode(prompt, add_special_tokens)
     else:
         token_ids = prompt
     limit = body.truncate_prompt_tokens

@@ -23,8 +23,8 @@ from nanovllm.server.conversation import Conversation, Item, Items, TurnReader, 
 from nanovllm.server.errors import BadField
 from nanovllm.server.fields import refused
 from nanovllm.server.logprobs import chat_logprobs
-from nanovllm.server.params import from_format, make_params, make_structured, structured_of
-from nanovllm.server.prompts import check_model, convert, encode, text_of_parts
+from nanovllm.server.params import constraint_of, from_format, make_params, structured_of
+from nanovllm.server.prompts import check_model, convert, text_of_parts
 from nanovllm.server.protocol import (
     ChatMessage,
     FunctionCall,
@@ -95,8 +95,8 @@ async def create_response(request: Request) -> Response:
         effort=body.reasoning.effort if body.reasoning else None,
         names={"reasoning_effort": "reasoning.effort", "enable_thinking": "reasoning.effort"},
     )
-    params = _params(body, turn)
-    token_ids = await encode(server, turn.prompt, False)
+    params = await _params(server, body, turn)
+    token_ids = await server.engine.encode(turn.prompt, False)
     identity = Identity.of(server, request, "resp_")
     writer = Writer(server, body, params, identity, turn)
     streams = begin(server, request, [token_ids], params, body, identity)
@@ -106,25 +106,21 @@ async def create_response(request: Request) -> Response:
     return json_response(writer.whole(outputs[0]))
 
 
-def _params(body: ResponsesRequest, turn: Conversation) -> SamplingParams:
+async def _params(server: Server, body: ResponsesRequest, turn: Conversation) -> SamplingParams:
     options: dict[str, Any] = {"max_tokens": body.max_output_tokens}
     if body.include:
         options["logprobs"] = body.top_logprobs or 0
     elif body.top_logprobs:
         raise BadField("top_logprobs", 'top_logprobs needs include=["message.output_text.logprobs"]')
-    structured = structured_of(GenerationFields(structured_outputs=body.structured_outputs))
+    structured = await structured_of(server, GenerationFields(structured_outputs=body.structured_outputs))
     form = body.text.format if body.text else None
     if form is not None:
         schema = JsonSchema(schema=form.schema) if form.type == "json_schema" else None
         found = from_format("text.format", form.type, schema)
         if found and structured is not None:
             raise BadField("structured_outputs", "structured_outputs and text.format exclude each other; send only one of them")
-        structured = make_structured(*found[0]) if found else structured
-    if structured is not None and turn.constraint is not None:
-        raise BadField("tool_choice", "a required tool call has a form of its own; leave out text.format / structured_outputs")
-    structured = structured or turn.constraint
-    if structured is not None:
-        options["structured"] = structured
+        structured = await server.grammars.make(*found[0]) if found else structured
+    options |= await constraint_of(server, structured, turn, "text.format")
     if turn.needs_special_tokens:
         options["skip_special_tokens"] = False
     return make_params(body, names={"max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}, **options)

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from nanovllm.outputs import GenerationOutput, PositionLogprobs
+from nanovllm.server.errors import HttpError
 from nanovllm.server.protocol import CompletionTokensDetails, GenerationFields, PromptTokensDetails, Usage
 
 DONE = b"data: [DONE]\n\n"
@@ -52,6 +53,8 @@ class Deltas:
             reason = completion.finish_reason
             if not (text or token_ids or reason):
                 continue
+            if reason == "error":
+                raise HttpError(500, f"the generation failed: {completion.stop_reason}", code="generation_failed")
             self._seen[index] = num_characters + len(text), num_tokens + len(token_ids), reason is not None
             logprobs = completion.logprobs and completion.logprobs[num_tokens : num_tokens + len(token_ids)]
             is_first = not (num_characters or num_tokens)

@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from nanovllm.server.errors import BadField
 from nanovllm.server.fields import refused
-from nanovllm.server.prompts import check_model, encode, off_loop, plain_messages, plain_tools, render
+from nanovllm.server.prompts import check_model, off_loop, plain_messages, plain_tools, render
 from nanovllm.server.protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from nanovllm.server.respond import json_response
 
@@ -26,7 +26,7 @@ async def tokenize(request: Request) -> Response:
     check_model(server, body.model)
     text = await _text(server, body)
     special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
-    token_ids = await encode(server, text, special)
+    token_ids = await server.engine.encode(text, special)
     tokenizer = server.engine.tokenizer
     strings = [tokenizer.id_to_token(token_id) or "" for token_id in token_ids] if body.return_token_strs else None
     max_model_len = server.engine.facts.max_model_len
