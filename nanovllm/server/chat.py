@@ -22,7 +22,7 @@ from nanovllm.server.conversation import Conversation, TurnReader, begin_convers
 from nanovllm.server.errors import BadField
 from nanovllm.server.fields import refused
 from nanovllm.server.logprobs import chat_logprobs, prompt_logprobs
-from nanovllm.server.params import make_params, structured_of
+from nanovllm.server.params import constraint_of, make_params, structured_of
 from nanovllm.server.parts import Part, Reasoning, Text, ToolCallArguments, ToolCallStart
 from nanovllm.server.prompts import check_model, encode_prompt
 from nanovllm.server.protocol import (
