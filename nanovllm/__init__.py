@@ -14,16 +14,18 @@ from nanovllm.platforms.openmp import set_waiting_policy
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
+    from nanovllm.engine.async_engine import AsyncEngine
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.llm import LLM, CompletionDelta
     from nanovllm.outputs import CompletionOutput, GenerationOutput
     from nanovllm.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionDelta", "CompletionOutput", "EngineConfig", "GenerationOutput", "LLMEngine", "SamplingParams"]
+__all__ = ["LLM", "AsyncEngine", "CompletionDelta", "CompletionOutput", "EngineConfig", "GenerationOutput", "LLMEngine", "SamplingParams"]
 
 _HOMES = {
     "LLM": "nanovllm.llm",
+    "AsyncEngine": "nanovllm.engine.async_engine",
     "CompletionDelta": "nanovllm.llm",
     "CompletionOutput": "nanovllm.outputs",
     "EngineConfig": "nanovllm.config",

@@ -62,6 +62,7 @@ class BuiltEngine:
     spec: ModelSpec
     memory_plan: MemoryPlan
     platform: Platform
+    eos_token_ids: tuple[int, ...]
 
 
 class LLM:
@@ -70,14 +71,8 @@ class LLM:
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         show_log_unless_configured()
         config = EngineConfig.from_options(model=str(model) if isinstance(model, Path) else model, **options)
-        platform = select_platform(config.device)
-        checkpoint = open_checkpoint(config.model, revision=config.revision, hub=config.hub)
-        spec = read_model_spec(checkpoint.config, checkpoint.name)
-        tokenizer = load_tokenizer(checkpoint)
-        eos_token_ids = known_token_ids((*checkpoint.eos_token_ids, *tokenizer.end_token_ids), spec.vocab_size)
-        built = build_engine(config, platform, spec, checkpoint.weights, tokenizer, eos_token_ids)
+        built, self.tokenizer = open_engine(config)
         self.engine, self.config, self.spec, self.memory_plan = built.engine, built.config, built.spec, built.memory_plan
-        self.tokenizer = tokenizer
 
     def generate(
         self,
@@ -211,6 +206,17 @@ class DeltaStream:
             self._engine.abort_later(self._output.request_id)  # the collector may strike in the middle of a step
 
 
+def open_engine(config: EngineConfig, speaks_text: bool = True) -> tuple[BuiltEngine, Tokenizer]:
+    """Find the checkpoint, read it, build the engine. `speaks_text` False: prompts and outputs are token ids only."""
+    platform = select_platform(config.device)
+    checkpoint = open_checkpoint(config.model, revision=config.revision, hub=config.hub)
+    spec = read_model_spec(checkpoint.config, checkpoint.name)
+    tokenizer = load_tokenizer(checkpoint)
+    eos_token_ids = known_token_ids((*checkpoint.eos_token_ids, *tokenizer.end_token_ids), spec.vocab_size)
+    built = build_engine(config, platform, spec, checkpoint.weights, tokenizer if speaks_text else None, eos_token_ids)
+    return built, tokenizer
+
+
 def known_token_ids(token_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     """Each once, without those that the model cannot produce: a checkpoint's files may disagree about the vocabulary."""
     unknown = [token_id for token_id in token_ids if token_id >= vocab_size]
@@ -267,7 +273,7 @@ def build_engine(
         num_steps_ahead=config.num_steps_ahead or 0,
         seed=config.seed,
     )
-    return BuiltEngine(engine, config, spec, plan, platform)
+    return BuiltEngine(engine, config, spec, plan, platform, tuple(eos_token_ids))
 
 
 def resolve(config: EngineConfig, platform: Platform, spec: ModelSpec) -> tuple[EngineConfig, MemoryPlan, torch.dtype]:

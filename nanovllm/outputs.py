@@ -84,3 +84,10 @@ class GenerationOutput:
         if key not in ("text", "token_ids"):
             raise KeyError(f"{key!r}; an output has 'text' and 'token_ids', and more as attributes")
         return getattr(self.completions[0], key)
+
+
+class EmbeddingOutput(NamedTuple):
+    """A prompt as one vector."""
+
+    embedding: list[float]
+    num_prompt_tokens: int

@@ -26,6 +26,7 @@ class Tokenizer:
     """Thread-safe. Token ids are those of the checkpoint; special tokens written out in a text become their ids."""
 
     def __init__(self, parts: TokenizerParts) -> None:
+        self.parts = parts  # `Tokenizer(parts)` makes an equal one
         self._backend = parts.backend
         self._named_tokens = parts.named_tokens
         self._templates = parts.chat_templates
@@ -99,6 +100,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest token id. A model may have more rows in its embedding than this."""
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @cached_property
+    def max_token_length(self) -> int:
+        """Characters of the longest token, as the vocabulary spells it: its text is not longer."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
 
     def token_to_id(self, text: str) -> int | None:
         return self._backend.token_to_id(text)

@@ -5,6 +5,7 @@ Owns the answer under construction. Text is optional: without a tokenizer the en
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanovllm.engine.detokenizer import IncrementalDetokenizer, StopStrings
@@ -35,8 +36,11 @@ class Request:
             detokenizers = [IncrementalDetokenizer(tokenizer, params, stop_strings) for _ in sequences]
         return cls(sequences, output, detokenizers, len(sequences))
 
-    def grow(self, sequence: Sequence) -> str | None:
+    def grow(self, sequence: Sequence, clock: Callable[[], float]) -> str | None:
         """Take over a sequence's new tokens. Returns the stop string that they completed, if any."""
+        if self.output.metrics.first_token_time is None:
+            self.output.metrics.first_token_time = clock()
+            self._note_prompt()
         completion = self.output.completions[sequence.index]
         new_token_ids = sequence.token_ids[sequence.num_prompt_tokens + len(completion.token_ids) :]
         completion.token_ids.extend(new_token_ids)
@@ -61,13 +65,18 @@ class Request:
         if self.num_unfinished == 0:
             self._close(now)
 
-    def _close(self, now: float) -> None:
+    def _note_prompt(self) -> None:
+        """What is known when the prompt is computed: with the first token."""
         first, metrics = self.sequences[0], self.output.metrics
-        metrics.finish_time = now
-        metrics.first_scheduled_time = first.first_scheduled_time
-        metrics.num_cached_tokens = first.num_cached_tokens
-        metrics.num_generated_tokens = sum(sequence.num_generated_tokens for sequence in self.sequences)
-        metrics.num_preemptions = sum(sequence.num_preemptions for sequence in self.sequences)
+        metrics.first_scheduled_time, metrics.num_cached_tokens = first.first_scheduled_time, first.num_cached_tokens
         if first.params.prompt_logprobs is not None:
             self.output.prompt_logprobs = [None, *first.prompt_logprobs]
+
+    def _close(self, now: float) -> None:
+        metrics = self.output.metrics
+        if metrics.first_token_time is None:
+            self._note_prompt()
+        metrics.finish_time = now
+        metrics.num_generated_tokens = sum(sequence.num_generated_tokens for sequence in self.sequences)
+        metrics.num_preemptions = sum(sequence.num_preemptions for sequence in self.sequences)
         self.output.finished = True
