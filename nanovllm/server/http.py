@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,7 +69,8 @@ class BoundedHttp(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
     _num_head_bytes = 0
-    _has_head = False  # the parser is past the headers of a request
+    _num_heads = 0  # that were complete
+    _has_head = False  # the parser is past the headers of a request, in its body
     _is_too_large = False
 
     def connection_made(self, transport: Any) -> None:  # type: ignore[override]
@@ -89,9 +91,9 @@ class BoundedHttp(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        had_head = self._has_head
+        had_head, num_heads = self._has_head, self._num_heads
         super().data_received(data)
-        if not had_head and not self._has_head and not self.transport.is_closing():
+        if not had_head and num_heads == self._num_heads and not self.transport.is_closing():
             self._num_head_bytes += len(data)  # all of it belongs to a head, which the parser keeps until it is complete
             if self._num_head_bytes > 2 * self.limits.max_header_bytes:
                 self._is_too_large = True
@@ -113,6 +115,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._has_head = True
+        self._num_heads += 1
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -156,6 +159,8 @@ class BoundedHttp(HttpToolsProtocol):
     def _check_reader(self, waiting: int) -> None:
         still_waiting = self.transport.get_write_buffer_size()
         if still_waiting >= waiting:
+            own = self.transport.get_extra_info("socket")
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # the kernel drops its part, too
             self.transport.abort()
         else:
             self._watch_reader(still_waiting)
