@@ -124,6 +124,7 @@ class EngineConnection:
         self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._drain)
         self._loop.add_reader(self._monitor.getsockopt(zmq.FD), self._on_disconnect)
         self._is_open = True
+        self._on_disconnect()  # ZeroMQ signals only to those who have looked in vain
         if child is not None:  # also when the program ends without `close`, or forgets this object
             weakref.finalize(self, child.release)
 
