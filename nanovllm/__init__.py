@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from nanovllm.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncEngine", "CompletionDelta", "CompletionOutput", "EngineConfig", "GenerationOutput", "LLMEngine", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "CompletionDelta",
+    "CompletionOutput",
+    "EngineConfig",
+    "GenerationOutput",
+    "LLMEngine",
+    "SamplingParams",
+]
 
 _HOMES = {
     "LLM": "nanovllm.llm",
