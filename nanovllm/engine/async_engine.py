@@ -383,14 +383,14 @@ class AsyncEngine:
             if completion.push(token_id):
                 self._end(completion, "stop", None)
                 self._tell_to_abort(completion.request, completion.output.index)
-        for handle, finish_reason, stop_reason, num_preemptions in message.ended:
-            if (completion := completions.get(handle)) is not None:
-                completion.request.output.metrics.num_preemptions = num_preemptions
-                self._end(completion, finish_reason, stop_reason)
         for handle, embedding in message.embeddings.items():
             if (completion := completions.get(handle)) is not None:
                 completion.request.embedding = embedding
                 completion.request.wake()
+        for handle, finish_reason, stop_reason, num_preemptions in message.ended:
+            if (completion := completions.get(handle)) is not None:
+                completion.request.output.metrics.num_preemptions = num_preemptions
+                self._end(completion, finish_reason, stop_reason)
         for handle, failure in message.refused:
             if (completion := completions.get(handle)) is not None:
                 completion.request.fail(failure.to_error())

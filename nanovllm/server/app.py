@@ -38,7 +38,19 @@ if TYPE_CHECKING:
 
 access_log = logging.getLogger("nanovllm.access")
 
-ENDPOINT_MODULES = ("load", "admin", "completions", "chat", "responses", "embeddings", "tokenize", "models", "anthropic", "page")
+ENDPOINT_MODULES = (
+    "load",
+    "admin",
+    "completions",
+    "chat",
+    "responses",
+    "embeddings",
+    "tokenize",
+    "models",
+    "anthropic",
+    "openapi",
+    "page",
+)
 NEVER_REFUSED = ("/health", "/ready", "/metrics", "/load", "/version")  # answered while draining, too
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 

@@ -29,6 +29,7 @@ from nanovllm.server.admission import Admission, Ticket, queue_timed_out
 from nanovllm.server.auth import Key
 from nanovllm.server.body import parse_body, read_body
 from nanovllm.server.errors import BadField, ClientGone, DeadlineExceeded, HttpError, Unavailable, error_event
+from nanovllm.server.grammars import Grammars
 from nanovllm.server.metrics import Metrics, Snapshot
 from nanovllm.server.options import ServerOptions
 from nanovllm.server.shared import PERIOD_S, SharedFolder
@@ -64,6 +65,11 @@ class Server:
             self.metrics.counts.add(before)
         self._stops: set[asyncio.Future[None]] = set()  # one for each `run`; done: it ends with an error
         self._numbers = count()
+        self.grammars = Grammars(engine, options)
+
+    def close(self) -> None:
+        """Let go of what outlives a request. Idempotent."""
+        self.grammars.close()
 
     # --- in
 

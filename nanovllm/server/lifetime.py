@@ -48,6 +48,7 @@ async def run_app(
     finally:
         for helper in helpers:
             helper.cancel()
+        await asyncio.to_thread(app.server.close)
     return stopper.status
 
 
