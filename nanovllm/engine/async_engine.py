@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
@@ -35,8 +35,8 @@ from nanovllm.outputs import CompletionOutput, EmbeddingOutput, GenerationOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer import Tokenizer
 
-DEFAULT_BUILDER = "nanovllm.engine.engine_process:build"
-LONG_TEXT = 4096  # characters; longer texts are tokenised in a thread
+DEFAULT_BUILDER = "nanovllm.engine.engine_main:build"
+LONG_TEXT = 1024  # characters; longer texts are tokenised in a thread
 MANY_BAD_WORDS = 8
 POOLINGS = ("mean", "last")
 
@@ -204,7 +204,7 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> AsyncIterator[GenerationOutput]:
+    ) -> AsyncGenerator[GenerationOutput, None]:
         """Complete one prompt. Yields the live output whenever it has grown; the last time it is `finished`.
 
         Raises `RequestError` or `CapacityError` before anything is sent, or when the engine refuses, and `EngineDead`.
