@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 from nanovllm.engine.batch import RowSampling
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import CacheTooSmall, InvalidPrompt, InvalidSamplingParams, PromptTooLong, RequestError
+from nanovllm.errors import CacheTooSmall, InvalidGrammar, InvalidPrompt, InvalidSamplingParams, PromptTooLong, RequestError
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured.base import Grammar, Matcher
 from nanovllm.tokenizer import Tokenizer
 
 Prompt = str | AbstractSequence[int]
+POOLINGS = ("mean", "last")
 
 
 TokenSequences = AbstractSequence[AbstractSequence[int]]
@@ -52,22 +54,37 @@ class CheckedRequest(NamedTuple):
     bad_words: tuple[tuple[int, ...], ...]  # every spelling of `params.bad_words`, and those that were given as ids
     priority: int
     cache_salt: str
+    pooling: str | None = None  # "mean", "last": the answer is the prompt's vector
 
 
 class Door:
     def __init__(
-        self, bounds: Bounds, tokenizer: Tokenizer | None, eos_token_ids: AbstractSequence[int] = (), seed: int = 0
+        self,
+        bounds: Bounds,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: AbstractSequence[int] = (),
+        seed: int = 0,
+        grammar: Grammar | None = None,
     ) -> None:
         self._bounds = bounds
         self._tokenizer = tokenizer
         self._eos_token_ids = tuple(eos_token_ids)
+        self._grammar = grammar
         self._seq_ids = count()
         self._seeds = random.Random(seed)
 
     def check(
-        self, prompt: Prompt, params: SamplingParams | None, priority: int, cache_salt: str, bad_words: TokenSequences = ()
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        priority: int,
+        cache_salt: str,
+        bad_words: TokenSequences = (),
+        pooling: str | None = None,
     ) -> CheckedRequest:
         """Raises `RequestError` or `CapacityError`. `bad_words`: spellings in token ids, beside those in `params`."""
+        if pooling is not None:
+            params = _check_pooling(pooling, params)
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidSamplingParams(f"params must be SamplingParams, got {type(params).__name__}")
@@ -78,18 +95,20 @@ class Door:
         token_ids = self._token_ids_of(prompt)
         self._check_fits(len(token_ids))
         self._check_params(params, len(token_ids))
-        return CheckedRequest(token_ids, params, self._spellings_of(params, bad_words), priority, cache_salt)
+        return CheckedRequest(token_ids, params, self._spellings_of(params, bad_words), priority, cache_salt, pooling)
 
     def make_sequences(self, request_id: str, request: CheckedRequest, now: float) -> list[Sequence]:
-        """The n sequences of a request."""
+        """The n sequences of a request. Raises `InvalidGrammar`."""
         token_ids, params = request.token_ids, request.params
         limit = self._bounds.longest_sequence
         max_num_tokens = limit if params.max_tokens is None else min(limit, len(token_ids) + params.max_tokens)
+        matchers = self._compile(params)
         stop_token_ids = (() if params.ignore_eos else self._eos_token_ids) + tuple(params.stop_token_ids)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         sequences: list[Sequence] = []
         for index in range(params.n):
-            sampling = RowSampling(params, (seed + index) % 2**64, stop_token_ids, request.bad_words, len(token_ids))
+            own_seed = (seed + index) % 2**64
+            sampling = RowSampling(params, own_seed, stop_token_ids, request.bad_words, len(token_ids), request.pooling)
             sequence = Sequence(
                 seq_id=next(self._seq_ids),
                 request_id=request_id,
@@ -102,10 +121,19 @@ class Door:
                 cache_salt=request.cache_salt,
                 arrival_time=now,
                 sibling=sequences[0] if sequences else None,
+                matcher=matchers[index],
                 token_ids=list(token_ids),
             )
             sequences.append(sequence)
         return sequences
+
+    def _compile(self, params: SamplingParams) -> list[Matcher] | list[None]:
+        """A matcher for each of the n sequences. Raises `InvalidGrammar`."""
+        if params.structured is None:
+            return [None] * params.n
+        if self._grammar is None:
+            raise InvalidGrammar("structured output needs a grammar engine, and this engine was built without one")
+        return [self._grammar.compile(params.structured, can_end_early=not params.ignore_eos) for _ in range(params.n)]
 
     def _spellings_of(self, params: SamplingParams, bad_words: TokenSequences) -> tuple[tuple[int, ...], ...]:
         for token_ids in bad_words:
@@ -166,6 +194,15 @@ class Door:
             if not 0 <= token_id < self._bounds.vocab_size:
                 vocab_size = self._bounds.vocab_size
                 raise InvalidSamplingParams(f"{name}: token id {token_id} is not in the vocabulary of {vocab_size}")
+
+
+def _check_pooling(pooling: str, params: SamplingParams | None) -> SamplingParams:
+    """A prompt's vector comes with its first token, which nobody reads: the loop needs no second kind of ending."""
+    if pooling not in POOLINGS:
+        raise RequestError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if params is not None:
+        raise InvalidSamplingParams("a request for an embedding takes no sampling params: nothing is generated")
+    return SamplingParams(temperature=0, max_tokens=1)
 
 
 def _is_text(string: str) -> bool:

@@ -102,6 +102,8 @@ class OpenRequest:
             metrics = output.metrics
             begun = Begun(self.handle, metrics.first_scheduled_time, metrics.num_cached_tokens, output.prompt_logprobs)
             message.begun.append(begun)
+        if output.embedding is not None:
+            message.embeddings[self.handle] = output.embedding
         for index, completion in enumerate(output.completions):
             handle = self.handle + index
             first, num_tokens = self.num_tokens[index], len(completion.token_ids)
@@ -237,15 +239,14 @@ class EngineProcess:
         try:
             if message.handle in frontend.requests:
                 raise RequestError(f"handle {message.handle} is in use")
-            if message.pooling is not None:
-                raise RequestError("embeddings are not available")
             self._engine.add_request(
                 message.token_ids,
-                message.params,
+                message.params if message.pooling is None else None,
                 request_id=request_id,
                 priority=message.priority,
                 cache_salt=message.cache_salt,
                 bad_words=message.bad_words,
+                pooling=message.pooling,
             )
         except Exception as error:
             if not isinstance(error, NanoVllmError):

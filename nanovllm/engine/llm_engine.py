@@ -25,6 +25,7 @@ from nanovllm.errors import EngineDead, InvalidPrompt, InvalidSamplingParams, Re
 from nanovllm.executor.base import Executor
 from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured.base import Grammar
 from nanovllm.tokenizer import Tokenizer
 
 
@@ -40,6 +41,7 @@ class LLMEngine:
         max_model_len: int,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: AbstractSequence[int] = (),
+        grammar: Grammar | None = None,
         num_steps_ahead: int = 1,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
@@ -51,7 +53,7 @@ class LLMEngine:
         self.events: Events = scheduler.events
         blocks = scheduler.block_manager
         self.bounds = Bounds(vocab_size, max_model_len, blocks.num_blocks, blocks.block_size)
-        self._door = Door(self.bounds, tokenizer, eos_token_ids, seed)
+        self._door = Door(self.bounds, tokenizer, eos_token_ids, seed, grammar)
         self._num_steps_ahead = num_steps_ahead
         self._requests: dict[str, Request] = {}
         self._request_numbers = count()
@@ -72,17 +74,19 @@ class LLMEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        pooling: str | None = None,
         bad_words: TokenSequences = (),
     ) -> str:
         """Queue one request; returns its id. Raises `RequestError` or `CapacityError`, and then nothing has changed.
 
         `cache_salt`: requests share cached prefixes only with requests of the same salt. `priority`: smaller is more
-        urgent; needs `scheduling_policy="priority"` to have an effect on order. `bad_words`: in token ids, from a caller
-        that has the tokenizer.
+        urgent; needs `scheduling_policy="priority"` to have an effect on order. `pooling`: the result is the prompt's
+        vector, the mean of its hidden states or the last one. `bad_words`: in token ids, from a caller that has the
+        tokenizer.
         """
         self._check_alive()
         request_id = self._check_id(request_id)
-        checked = self._door.check(prompt, params, priority, cache_salt, bad_words)
+        checked = self._door.check(prompt, params, priority, cache_salt, bad_words, pooling)
         sequences = self._door.make_sequences(request_id, checked, self._clock())
         self._requests[request_id] = Request.begin(sequences, prompt if isinstance(prompt, str) else None, self.tokenizer)
         self.scheduler.add(sequences)
@@ -222,6 +226,7 @@ class LLMEngine:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        pooling: str | None = None,
         use_tqdm: bool = False,
     ) -> list[GenerationOutput]:
         """Run prompts to their end; outputs in the order of the prompts. If one is refused, none is left behind."""
@@ -235,7 +240,7 @@ class LLMEngine:
         unfinished: dict[str, GenerationOutput] = {}
         try:
             for prompt, one in zip(prompts, per_prompt):
-                request_id = self.add_request(prompt, one, priority=priority, cache_salt=cache_salt)
+                request_id = self.add_request(prompt, one, priority=priority, cache_salt=cache_salt, pooling=pooling)
                 unfinished[request_id] = self.output_of(request_id)
             outputs = list(unfinished.values())
             with Progress(len(prompts), use_tqdm) as progress, deferred_interrupt() as interrupted:

@@ -41,6 +41,8 @@ class Request:
         if self.output.metrics.first_token_time is None:
             self.output.metrics.first_token_time = clock()
             self._note_prompt()
+        if sequence.sampling.pooling is not None:
+            return None  # the result is the vector
         completion = self.output.completions[sequence.index]
         new_token_ids = sequence.token_ids[sequence.num_prompt_tokens + len(completion.token_ids) :]
         completion.token_ids.extend(new_token_ids)
@@ -56,6 +58,10 @@ class Request:
         """A sequence ended: flush its text, take over its reason; the last one closes the request."""
         completion = self.output.completions[sequence.index]
         completion.finish_reason, completion.stop_reason = sequence.finish_reason, sequence.stop_reason
+        if sequence.finish_reason == "error" and sequence.matcher is not None:
+            completion.stop_reason = sequence.matcher.error
+        if sequence.sampling.pooling is not None and sequence.embedding is not None:
+            self.output.embedding, completion.finish_reason = sequence.embedding, "stop"
         if self.detokenizers:
             detokenizer = self.detokenizers[sequence.index]
             completion.text += detokenizer.finish()
@@ -77,6 +83,6 @@ class Request:
         if metrics.first_token_time is None:
             self._note_prompt()
         metrics.finish_time = now
-        metrics.num_generated_tokens = sum(sequence.num_generated_tokens for sequence in self.sequences)
+        metrics.num_generated_tokens = sum(len(completion.token_ids) for completion in self.output.completions)
         metrics.num_preemptions = sum(sequence.num_preemptions for sequence in self.sequences)
         self.output.finished = True
