@@ -184,6 +184,7 @@ def test_log_probabilities_of_completions(tiny):
     assert choice(tiny, COMPLETIONS, echo=True, max_tokens=0)["text"] == PROMPT
     assert choice(tiny, COMPLETIONS, return_token_ids=None).keys() == {"index", "text", "logprobs", "finish_reason"}
     assert param(tiny, COMPLETIONS, logprobs=65) == "logprobs"
+    assert param(tiny, COMPLETIONS, logprobs=64, n=128, max_tokens=512, prompt=["a"] * 2) == "logprobs"  # too large an answer
     assert param(tiny, COMPLETIONS, prompt_logprobs=-1) == "prompt_logprobs"
 
 
@@ -496,6 +497,8 @@ def test_reasoning_is_split_off(tiny):
 def test_fields_of_a_service(tiny):
     reply = answer(tiny, CHAT, metadata={"a": "b"}, store=False, service_tier="auto", modalities=["text"])
     assert reply["metadata"] == {"a": "b"} and reply["service_tier"] == "default"
+    for wrong in ({"k" * 65: "v"}, {"k": "v" * 513}, {str(number): "v" for number in range(17)}):
+        assert param(tiny, CHAT, metadata=wrong) == "metadata"
     assert param(tiny, CHAT, store=True) == "store"
     assert param(tiny, CHAT, service_tier="flex") == "service_tier"
     assert param(tiny, CHAT, modalities=["text", "audio"]) == "modalities"
