@@ -192,7 +192,7 @@ def attend_prompts(query: Tensor, kv_cache: Tensor, out: Tensor, plan: TritonPla
         num_keys,
         by_tma,
         num_warps=4,
-        num_stages=2,
+        num_stages=3 if by_tma else 2,
     )
 
 
