@@ -71,7 +71,12 @@ def test_random_texts_satisfy_their_schema(model):
         PERSON,
         {"type": "array", "items": {"enum": ["a", "ß", 3, None]}, "maxItems": 3},
         {"type": "string", "pattern": "^[0-9]{3}-[a-z]+$", "maxLength": 9},
-        {"anyOf": [{"type": "boolean"}, {"type": "object", "properties": {"x": {"type": "number"}}, "additionalProperties": False}]},
+        {
+            "anyOf": [
+                {"type": "boolean"},
+                {"type": "object", "properties": {"x": {"type": "number"}}, "additionalProperties": False},
+            ]
+        },
     ]
     ends = 0
     for one, seed in itertools.product(schemas, range(6)):
@@ -83,7 +88,9 @@ def test_random_texts_satisfy_their_schema(model):
 
 
 def test_random_texts_match_their_expression(model):
-    for expression, seed in itertools.product([r"[ab]{2,5}", r"(fox|dog)(, (fox|dog)){0,2}\.", r"\d{4}-\d{2}", r"天[地玄]?|🎉"], range(5)):
+    for expression, seed in itertools.product(
+        [r"[ab]{2,5}", r"(fox|dog)(, (fox|dog)){0,2}\.", r"\d{4}-\d{2}", r"天[地玄]?|🎉"], range(5)
+    ):
         text, reason = model.walk(StructuredOutput("regex", expression), seed)
         assert reason == "stop" and re.fullmatch(expression, text)
 
@@ -123,7 +130,11 @@ def test_a_mask_holds_exactly_the_tokens_that_fit(byte_level):
         for byte in text:
             assert matcher.accept(byte_level.tokenizer.token_to_id(chr(byte))) is None
         spelled = {token_id: byte_level.tokenizer.token_bytes(token_id) for token_id in range(byte_level.vocab_size)}
-        expected = {token_id for token_id, data in spelled.items() if rest.fullmatch(data) and token_id not in byte_level.tokenizer.special_token_ids}
+        expected = {
+            token_id
+            for token_id, data in spelled.items()
+            if rest.fullmatch(data) and token_id not in byte_level.tokenizer.special_token_ids
+        }
         assert byte_level.allowed(matcher) == expected | ({byte_level.end} if text else set())
 
 
