@@ -12,11 +12,13 @@ from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.engine.batch import RowSampling
 from nanovllm.kernels.upload import upload
+from nanovllm.structured.base import Matchers, fill_masks
 
 # Not -inf: masks that contradict each other (say min_tokens, and allowed_token_ids that are all stop tokens) leave the
 # allowed tokens equal to each other, and still above the rest. Any finite logit vanishes beside it in float32.
@@ -200,6 +202,31 @@ def min_tokens(rows: list[EditedRow], device: torch.device) -> Edit | None:
             _forbid_where(batch.positions_on_device[samples] < end_positions, batch.scores, samples, tokens)
 
     return forbid_early_end
+
+
+def grammar_masks(matchers: Matchers, vocab_size: int, device: torch.device) -> Edit:
+    """What grammars allow. For one step: the matchers are asked now, while the forward pass is under way.
+
+    Comes last and forbids for good: where nothing that is allowed is left, the allowed tokens are equal to each other.
+    """
+    lines = upload(list(matchers), device)  # [m]
+    allowed = _unpack(fill_masks(matchers.values(), vocab_size), vocab_size, device)
+    ceiling = allowed.float().sub_(0.5).mul_(torch.inf)  # [m, vocab]: inf or -inf; minimum() is faster than masked_fill()
+
+    def keep_in_grammar(batch: EditedLogits) -> None:
+        scores = batch.scores.index_select(0, lines).clamp_(min=FORBIDDEN)
+        batch.scores.index_copy_(0, lines, torch.minimum(scores, ceiling, out=scores))
+
+    return keep_in_grammar
+
+
+def _unpack(masks: np.ndarray, vocab_size: int, device: torch.device) -> Tensor:
+    """[m, ceil(vocab / 32)] int32 to [m, vocab] of 0 and 1. A device gets bits, because bytes would be 8 times the copy."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(masks.view(np.uint8), axis=1, count=vocab_size, bitorder="little"))
+    words = upload(masks, device)
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1  # [m, ceil(vocab / 32), 32]
+    return bits.flatten(1)[:, :vocab_size]
 
 
 def _forbid_where(condition: Tensor, scores: Tensor, samples: Tensor, tokens: Tensor) -> None:
