@@ -98,8 +98,7 @@ class FrontEnds:
     async def start(self) -> None:
         if self.options.uds is not None:
             self.listener.listen(2048)
-        for index in range(self.options.num_frontends):
-            await self._start_one(index)
+        await asyncio.gather(*(self._start_one(index) for index in range(self.options.num_frontends)))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._pass_on, number)
