@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import signal
 import socket
 import threading
@@ -24,6 +25,7 @@ from nanovllm.server.http import HttpServer, make_http_server
 from nanovllm.server.options import ServerOptions
 
 DEAD_LINGER_S = 1.0  # how long a server says that its engine is dead, before it exits
+OTHER_FILES = 256  # besides connections
 LAST_ANSWERS_S = 3.0  # for requests that the end of a drain has stopped
 
 
@@ -71,6 +73,18 @@ def settle_memory() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+
+
+def allow_open_files(max_connections: int) -> None:
+    """Every connection is an open file, and the usual limit of a shell, 1024, is less than `max_connections`."""
+    wanted = max_connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+    if allowed < wanted:
+        logger.warning("max_connections=%d, but this user may have only %d open files (ulimit -Hn)", max_connections, hard)
 
 
 class Stopper:

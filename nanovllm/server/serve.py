@@ -23,9 +23,10 @@ import msgspec
 from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.errors import ConfigError
 from nanovllm.log import logger
-from nanovllm.server.app import App, create_app
+from nanovllm.server.app import create_app
 from nanovllm.server.auth import Keyring
-from nanovllm.server.lifetime import bind, run_app, run_process, settle_memory
+from nanovllm.server.context import served_name
+from nanovllm.server.lifetime import allow_open_files, bind, run_app, run_process, settle_memory
 from nanovllm.server.options import ServerOptions
 
 YOUNG_S = 5.0  # a front end that dies younger than this would do it again
@@ -34,6 +35,7 @@ YOUNG_S = 5.0  # a front end that dies younger than this would do it again
 def serve(options: ServerOptions, engine_options: dict[str, Any]) -> int:
     """Run until a signal or the death of the engine; returns the exit status. Raises `ConfigError`, `ModelError`."""
     keyring = Keyring.load(options)  # before anything takes time
+    allow_open_files(options.max_connections)
     listener = bind(options)
     run = _serve_alone if options.num_frontends == 1 else _serve_with_front_ends
     try:
@@ -52,7 +54,7 @@ async def _serve_alone(options: ServerOptions, engine_options: dict[str, Any], k
     try:
         app = create_app(engine, options, keyring)
         settle_memory()
-        return await run_app(app, listener, on_listening=lambda: announce(options, app, listener))
+        return await run_app(app, listener, on_listening=lambda: announce(options, engine, keyring, listener))
     finally:
         await engine.close()
 
@@ -77,10 +79,9 @@ async def _serve_with_front_ends(
     engine = await AsyncEngine.start(**engine_options)
     folder = Path(tempfile.mkdtemp(prefix="nanovllm-"))  # 0700
     try:
-        app = create_app(engine, options, keyring, routes=[])  # for its words only: this process speaks no HTTP
         family = FrontEnds(engine, options, listener, folder)
         await family.start()
-        announce(options, app, listener)
+        announce(options, engine, keyring, listener)
         return await family.run()
     finally:
         await engine.close()
@@ -151,14 +152,14 @@ class FrontEnds:
 # --- words
 
 
-def announce(options: ServerOptions, app: App, listener: socket.socket) -> None:
-    """The line that people and scripts wait for."""
-    facts, server = app.server.engine.facts, app.server
+def announce(options: ServerOptions, engine: AsyncEngine, keyring: Keyring, listener: socket.socket) -> None:
+    """The line that people and scripts wait for; the memory plan has been logged before."""
+    facts, name = engine.facts, served_name(options, engine.facts.model)
     place = f"unix:{options.uds}" if options.uds is not None else _url(listener)
-    keys = "with keys" if Keyring.load(options).has_user_keys else "without keys"
+    keys = "with keys" if keyring.has_user_keys else "without keys"
     logger.info(
         "serving %s at %s (%s): %s, %s; context of %d tokens, %d KV blocks of %d tokens, %d sequences at once, %d front end(s)",
-        *(server.model_name, place, keys, facts.device, facts.dtype, facts.max_model_len, facts.num_kv_blocks, facts.block_size),
+        *(name, place, keys, facts.device, facts.dtype, facts.max_model_len, facts.num_kv_blocks, facts.block_size),
         *(facts.max_num_seqs, options.num_frontends),
     )
 
