@@ -1,7 +1,9 @@
-"""The command line: `nanovllm generate | chat | env`. Options are generated from `EngineConfig` and `SamplingParams`.
+"""The command line: `nanovllm generate | chat | serve | env`. Options are generated from the fields of dataclasses.
 
     nanovllm generate "The capital of France is" --max-tokens 20
     nanovllm chat --model Qwen/Qwen3-0.6B
+    nanovllm serve --port 8000
+    nanovllm chat --url http://127.0.0.1:8000
     nanovllm env
 
 The help text of an option is the comment on its field: one place says what an option means.
@@ -12,22 +14,30 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import os
 import platform
 import re
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from importlib import metadata
 from typing import Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.progress import deferred_interrupt
-from nanovllm.errors import InvalidPrompt, NanoVllmError
+from nanovllm.errors import ConfigError, InvalidPrompt, NanoVllmError
 from nanovllm.log import configure_logging
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.server.options import ServerOptions
 
 CLI_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty", "ignore_eos", "n")
 LIBRARIES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub", "xxhash", "transformers", "modelscope")
+
+Stream = Callable[
+    [list[dict[str, Any]]], Generator[tuple[str, int], None, None]
+]  # messages -> (text, tokens of the answer so far)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,10 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", default=[], help="a string that ends the text; may be repeated")
     chat = _add_command(commands, "chat", run_chat, "talk to a model in the terminal")
     chat.add_argument("--system", help="system message")
+    chat.add_argument("--url", help="talk to a server at this address instead, such as http://127.0.0.1:8000")
+    chat.add_argument("--api-key", help="for --url (default: the environment variable NANOVLLM_API_KEY)")
     for command in (generate, chat):
         _add_fields(command.add_argument_group("engine"), EngineConfig)
         names = [name for name in CLI_SAMPLING if name != "n" or command is generate]
         _add_fields(command.add_argument_group("sampling"), SamplingParams, names)
+    serve = _add_command(commands, "serve", run_serve, "OpenAI-compatible HTTP server")
+    _add_fields(serve.add_argument_group("server"), ServerOptions)
+    _add_fields(serve.add_argument_group("engine"), EngineConfig)
     _add_command(commands, "env", run_env, "print versions, devices and what would be used")
     return parser
 
@@ -117,21 +132,60 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 
 def run_chat(arguments: argparse.Namespace) -> int:
+    if arguments.url is not None:
+        return _chat_with_server(arguments)
+    if arguments.api_key is not None:
+        raise ConfigError("--api-key goes with --url")
     from nanovllm.llm import LLM
 
     with LLM(**_chosen(arguments, EngineConfig)) as llm:
         params = SamplingParams(**{"max_tokens": None, **_chosen(arguments, SamplingParams)})
-        print("/reset starts over; /exit, or the end of the input, leaves; Ctrl-C stops an answer.", file=sys.stderr)
-        system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-        messages = list(system)
-        for line in _lines("you> " if sys.stdin.isatty() else ""):
-            if line in ("/exit", "/quit"):
-                break
-            if line == "/reset":
-                messages = list(system)
-                print("(new conversation)", file=sys.stderr)
-            elif line:
-                messages = _answer(llm, messages, line, params)
+
+        def stream(messages: list[dict[str, Any]]) -> Generator[tuple[str, int], None, None]:
+            num_tokens = 0
+            with closing(llm.stream(llm.apply_chat_template(messages), params)) as deltas:
+                for delta in deltas:
+                    num_tokens += len(delta.token_ids)
+                    yield delta.text, num_tokens
+
+        return _converse(stream, arguments.system, deferred_interrupt)
+
+
+def _chat_with_server(arguments: argparse.Namespace) -> int:
+    from nanovllm.remote_chat import RemoteChat
+
+    engine_options = _chosen(arguments, EngineConfig)
+    model = engine_options.pop("model", None)
+    if engine_options:
+        raise ConfigError(f"{', '.join(engine_options)}: options of an engine, which a server at --url has already started")
+    params = _chosen(arguments, SamplingParams)
+    SamplingParams(**params)  # checks the values
+    remote = RemoteChat(arguments.url, arguments.api_key or os.environ.get("NANOVLLM_API_KEY"), model)
+    print(f"{remote.model} at {arguments.url}", file=sys.stderr)
+
+    def stream(messages: list[dict[str, Any]]) -> Generator[tuple[str, int], None, None]:
+        with closing(remote.stream(messages, params)) as deltas:
+            for delta in deltas:
+                if delta.is_reasoning:
+                    print(delta.text, end="", file=sys.stderr, flush=True)
+                yield "" if delta.is_reasoning else delta.text, delta.num_tokens
+
+    # Nothing here must not be cut in half, and the server may keep us waiting: Ctrl-C works at once.
+    return _converse(stream, arguments.system, lambda: nullcontext(threading.Event()))
+
+
+def _converse(stream: Stream, system: str | None, interruptible: Callable[[], AbstractContextManager[threading.Event]]) -> int:
+    print("/reset starts over; /exit, or the end of the input, leaves; Ctrl-C stops an answer.", file=sys.stderr)
+    beginning = [{"role": "system", "content": system}] if system else []
+    messages = list(beginning)
+    for line in _lines("you> " if sys.stdin.isatty() else ""):
+        if line in ("/exit", "/quit"):
+            break
+        if line == "/reset":
+            messages = list(beginning)
+            print("(new conversation)", file=sys.stderr)
+        elif line:
+            messages = _answer(stream, messages, line, interruptible)
     return 0
 
 
@@ -145,21 +199,28 @@ def _lines(prompt: str) -> Iterator[str]:
             return
 
 
-def _answer(llm: Any, messages: list[dict[str, Any]], line: str, params: SamplingParams) -> list[dict[str, Any]]:
+def _answer(
+    stream: Stream,
+    messages: list[dict[str, Any]],
+    line: str,
+    interruptible: Callable[[], AbstractContextManager[threading.Event]],
+) -> list[dict[str, Any]]:
     """Stream one answer; returns the conversation with it. A refused turn leaves the conversation as it was."""
     asked = [*messages, {"role": "user", "content": line}]
     pieces: list[str] = []
     start, num_tokens = time.perf_counter(), 0
     try:
-        deltas = llm.stream(llm.apply_chat_template(asked), params)
-        with deferred_interrupt() as interrupted:
-            for delta in deltas:
-                pieces.append(delta.text)
-                num_tokens += len(delta.token_ids)
-                print(delta.text, end="", flush=True)
+        with interruptible() as interrupted, closing(stream(asked)) as deltas:
+            for text, count in deltas:
+                pieces.append(text)
+                num_tokens = count
+                print(text, end="", flush=True)
                 if interrupted.is_set():
-                    deltas.close()
                     break
+    except KeyboardInterrupt:
+        if not "".join(pieces):
+            print(file=sys.stderr)
+            return messages
     except NanoVllmError as error:
         print(f"{type(error).__name__}: {error}  (/reset starts over)", file=sys.stderr)
         return messages
@@ -167,6 +228,14 @@ def _answer(llm: Any, messages: list[dict[str, Any]], line: str, params: Samplin
     print(flush=True)
     print(f"({num_tokens} tokens, {rate:.0f} tokens/s)", file=sys.stderr)
     return [*asked, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    try:
+        from nanovllm.server.serve import serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the server needs {error.name!r}: pip install 'nanovllm[serve]'") from error
+    return serve(ServerOptions(**_chosen(arguments, ServerOptions)), _chosen(arguments, EngineConfig))
 
 
 def run_env(arguments: argparse.Namespace) -> int:
