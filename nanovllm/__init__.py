@@ -14,22 +14,37 @@ from nanovllm.platforms.openmp import set_waiting_policy
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
+    from nanovllm.engine.async_engine import AsyncEngine
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.llm import LLM, CompletionDelta
-    from nanovllm.outputs import CompletionOutput, GenerationOutput
-    from nanovllm.sampling_params import SamplingParams
+    from nanovllm.outputs import CompletionOutput, EmbeddingOutput, GenerationOutput
+    from nanovllm.sampling_params import SamplingParams, StructuredOutput
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionDelta", "CompletionOutput", "EngineConfig", "GenerationOutput", "LLMEngine", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "CompletionDelta",
+    "CompletionOutput",
+    "EmbeddingOutput",
+    "EngineConfig",
+    "GenerationOutput",
+    "LLMEngine",
+    "SamplingParams",
+    "StructuredOutput",
+]
 
 _HOMES = {
     "LLM": "nanovllm.llm",
+    "AsyncEngine": "nanovllm.engine.async_engine",
     "CompletionDelta": "nanovllm.llm",
     "CompletionOutput": "nanovllm.outputs",
+    "EmbeddingOutput": "nanovllm.outputs",
     "EngineConfig": "nanovllm.config",
     "GenerationOutput": "nanovllm.outputs",
     "LLMEngine": "nanovllm.engine.llm_engine",
     "SamplingParams": "nanovllm.sampling_params",
+    "StructuredOutput": "nanovllm.sampling_params",
 }
 
 set_waiting_policy()  # before anything imports torch

@@ -1,7 +1,8 @@
-"""The command line: `nanovllm generate | chat | env`. Options are generated from `EngineConfig` and `SamplingParams`.
+"""The command line: `nanovllm generate | chat | serve | env`. Options are generated from the fields of dataclasses.
 
     nanovllm generate "The capital of France is" --max-tokens 20
     nanovllm chat --model Qwen/Qwen3-0.6B
+    nanovllm serve --port 8000
     nanovllm chat --url http://127.0.0.1:8000
     nanovllm env
 
@@ -29,6 +30,7 @@ from nanovllm.engine.progress import deferred_interrupt
 from nanovllm.errors import ConfigError, InvalidPrompt, NanoVllmError
 from nanovllm.log import configure_logging
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.server.options import ServerOptions
 
 CLI_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty", "ignore_eos", "n")
 LIBRARIES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub", "xxhash", "transformers", "modelscope")
@@ -65,6 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
         _add_fields(command.add_argument_group("engine"), EngineConfig)
         names = [name for name in CLI_SAMPLING if name != "n" or command is generate]
         _add_fields(command.add_argument_group("sampling"), SamplingParams, names)
+    serve = _add_command(commands, "serve", run_serve, "OpenAI-compatible HTTP server")
+    _add_fields(serve.add_argument_group("server"), ServerOptions)
+    _add_fields(serve.add_argument_group("engine"), EngineConfig)
     _add_command(commands, "env", run_env, "print versions, devices and what would be used")
     return parser
 
@@ -223,6 +228,14 @@ def _answer(
     print(flush=True)
     print(f"({num_tokens} tokens, {rate:.0f} tokens/s)", file=sys.stderr)
     return [*asked, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    try:
+        from nanovllm.server.serve import serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the server needs {error.name!r}: pip install 'nanovllm[serve]'") from error
+    return serve(ServerOptions(**_chosen(arguments, ServerOptions)), _chosen(arguments, EngineConfig))
 
 
 def run_env(arguments: argparse.Namespace) -> int:

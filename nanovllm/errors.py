@@ -7,6 +7,7 @@
     |   |-- InvalidSamplingParams
     |   |-- InvalidPrompt            empty, wrong type, token ids out of range
     |   |-- PromptTooLong
+    |   |-- InvalidGrammar           structured output: malformed, not supported, too large, or too slow to compile
     |   `-- InvalidChatTemplate      the template refused the messages, or ran too long
     |-- ModelError                   the checkpoint cannot be served
     |   |-- ModelNotFound
@@ -54,6 +55,10 @@ class InvalidPrompt(RequestError):
 
 class PromptTooLong(RequestError):
     """A prompt leaves no room for one generated token within `max_model_len`."""
+
+
+class InvalidGrammar(RequestError):
+    """A JSON schema, regular expression or grammar is malformed, uses what is not supported, or is too costly."""
 
 
 class InvalidChatTemplate(RequestError):

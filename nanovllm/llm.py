@@ -33,11 +33,13 @@ from nanovllm.loaders.weight_source import WeightSource
 from nanovllm.log import logger, show_log_unless_configured
 from nanovllm.model_spec import ModelSpec
 from nanovllm.models.registry import find_family, read_model_spec
-from nanovllm.outputs import GenerationOutput
+from nanovllm.outputs import EmbeddingOutput, GenerationOutput
 from nanovllm.parallel.group import ParallelGroup
 from nanovllm.platforms.base import Platform, select_platform
 from nanovllm.runner.memory_plan import MemoryPlan, plan_memory
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured.base import Grammar
+from nanovllm.structured.llguidance_backend import LLGuidanceGrammar
 from nanovllm.tokenizer import Tokenizer
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
@@ -62,6 +64,7 @@ class BuiltEngine:
     spec: ModelSpec
     memory_plan: MemoryPlan
     platform: Platform
+    eos_token_ids: tuple[int, ...]
 
 
 class LLM:
@@ -70,14 +73,8 @@ class LLM:
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         show_log_unless_configured()
         config = EngineConfig.from_options(model=str(model) if isinstance(model, Path) else model, **options)
-        platform = select_platform(config.device)
-        checkpoint = open_checkpoint(config.model, revision=config.revision, hub=config.hub)
-        spec = read_model_spec(checkpoint.config, checkpoint.name)
-        tokenizer = load_tokenizer(checkpoint)
-        eos_token_ids = known_token_ids((*checkpoint.eos_token_ids, *tokenizer.end_token_ids), spec.vocab_size)
-        built = build_engine(config, platform, spec, checkpoint.weights, tokenizer, eos_token_ids)
+        built, self.tokenizer = open_engine(config)
         self.engine, self.config, self.spec, self.memory_plan = built.engine, built.config, built.spec, built.memory_plan
-        self.tokenizer = tokenizer
 
     def generate(
         self,
@@ -92,9 +89,22 @@ class LLM:
 
         `priority` and `cache_salt`: see `LLMEngine.add_request`.
         """
-        if isinstance(prompts, str) or (isinstance(prompts, Sequence) and prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
-        return self.engine.generate(prompts, sampling_params, priority=priority, cache_salt=cache_salt, use_tqdm=use_tqdm)  # type: ignore[arg-type]
+        prompts = _as_list(prompts)
+        return self.engine.generate(prompts, sampling_params, priority=priority, cache_salt=cache_salt, use_tqdm=use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling: str = "mean",
+        use_tqdm: bool = False,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> list[EmbeddingOutput]:
+        """The vectors of one prompt or many: the mean of the final hidden states of its tokens, or the last one."""
+        prompts = _as_list(prompts)
+        outputs = self.engine.generate(prompts, priority=priority, cache_salt=cache_salt, pooling=pooling, use_tqdm=use_tqdm)
+        return [EmbeddingOutput(output.embedding or [], len(output.prompt_token_ids)) for output in outputs]
 
     def chat(
         self,
@@ -211,6 +221,24 @@ class DeltaStream:
             self._engine.abort_later(self._output.request_id)  # the collector may strike in the middle of a step
 
 
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    is_one = isinstance(prompts, str) or (isinstance(prompts, Sequence) and prompts and isinstance(prompts[0], int))
+    return [prompts] if is_one else prompts  # type: ignore[list-item, return-value]
+
+
+def open_engine(config: EngineConfig, speaks_text: bool = True) -> tuple[BuiltEngine, Tokenizer]:
+    """Find the checkpoint, read it, build the engine. `speaks_text` False: prompts and outputs are token ids only."""
+    platform = select_platform(config.device)
+    checkpoint = open_checkpoint(config.model, revision=config.revision, hub=config.hub)
+    spec = read_model_spec(checkpoint.config, checkpoint.name)
+    tokenizer = load_tokenizer(checkpoint)
+    eos_token_ids = known_token_ids((*checkpoint.eos_token_ids, *tokenizer.end_token_ids), spec.vocab_size)
+    grammar = LLGuidanceGrammar(tokenizer, spec.vocab_size, eos_token_ids)
+    text = tokenizer if speaks_text else None
+    built = build_engine(config, platform, spec, checkpoint.weights, text, eos_token_ids, grammar)
+    return built, tokenizer
+
+
 def known_token_ids(token_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     """Each once, without those that the model cannot produce: a checkpoint's files may disagree about the vocabulary."""
     unknown = [token_id for token_id in token_ids if token_id >= vocab_size]
@@ -232,6 +260,7 @@ def build_engine(
     weights: WeightSource,
     tokenizer: Tokenizer | None = None,
     eos_token_ids: Sequence[int] = (),
+    grammar: Grammar | None = None,
 ) -> BuiltEngine:
     """Decide every "auto", plan the memory, load the weights, wire the parts. In this order, so that errors come early."""
     platform.prepare(config.num_threads)
@@ -264,10 +293,11 @@ def build_engine(
         max_model_len=plan.max_model_len,
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
+        grammar=grammar,
         num_steps_ahead=config.num_steps_ahead or 0,
         seed=config.seed,
     )
-    return BuiltEngine(engine, config, spec, plan, platform)
+    return BuiltEngine(engine, config, spec, plan, platform, tuple(eos_token_ids))
 
 
 def resolve(config: EngineConfig, platform: Platform, spec: ModelSpec) -> tuple[EngineConfig, MemoryPlan, torch.dtype]:

@@ -29,8 +29,8 @@ class CompletionOutput:
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None  # "stop", "length", "abort"; None while it runs
-    stop_reason: int | str | None = None  # the stop token id or the stop string that ended it
+    finish_reason: str | None = None  # "stop", "length", "abort", "error"; None while it runs
+    stop_reason: int | str | None = None  # the stop token id or the stop string that ended it; of an error, what happened
     logprobs: list[PositionLogprobs] | None = None
 
 
@@ -60,6 +60,14 @@ class RequestMetrics:
         return (self.finish_time - self.first_token_time) / (self.num_generated_tokens - 1)
 
 
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """A prompt as a vector; its length is the model's hidden size. Not normalised."""
+
+    embedding: list[float]
+    num_prompt_tokens: int
+
+
 @dataclass(slots=True)
 class GenerationOutput:
     """The answer to one request. `output["text"]` and `output["token_ids"]` give the first completion's."""
@@ -70,6 +78,7 @@ class GenerationOutput:
     completions: list[CompletionOutput]
     metrics: RequestMetrics
     prompt_logprobs: list[PositionLogprobs | None] | None = None  # None at position 0: nothing precedes it
+    embedding: list[float] | None = None  # of a request with pooling, in place of text
     finished: bool = False
 
     @property

@@ -7,11 +7,12 @@ length happen in `LLMEngine.add_request`, where both are known.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanovllm.errors import InvalidSamplingParams
+from nanovllm.errors import InvalidGrammar, InvalidSamplingParams, did_you_mean
 
 MAX_LOGPROBS = 64  # candidates reported per position
 MAX_STOP_STRINGS = 64
@@ -21,14 +22,84 @@ MAX_COUNT = 2**31 - 1  # of tokens: what fits an int32
 MIN_TOP_P = 1e-6  # float32 must tell it from 0
 MIN_REPETITION_PENALTY = 0.01  # logits are divided by it
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy: dividing by them overflows
+STRUCTURED_KINDS = ("json_object", "json_schema", "regex", "choice", "grammar")
+MAX_STRUCTURED_BYTES = 256 * 1024  # of a schema, regular expression or grammar; of all choices together
+MAX_CHOICE_STRINGS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """The form that the text must have. Whether it compiles is found out where the tokenizer is known.
+
+    json_object     any JSON object; `value` is left out
+    json_schema     the schema, as JSON text or as a mapping (kept as text)
+    regex           a regular expression that the whole text must match
+    choice          a list of strings, one of which is the text
+    grammar         Lark as llguidance reads it, or GBNF
+    """
+
+    kind: str
+    value: str | Sequence[str] | Mapping[str, Any] = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in STRUCTURED_KINDS:
+            known = ", ".join(STRUCTURED_KINDS)
+            raise InvalidGrammar(
+                f"{self.kind!r} is no kind of structured output ({known}){did_you_mean(str(self.kind), STRUCTURED_KINDS)}"
+            )
+        if self.kind == "choice":
+            object.__setattr__(self, "value", self._checked_choices())
+        elif self.kind == "json_schema" and isinstance(self.value, Mapping):
+            object.__setattr__(self, "value", _schema_text(self.value))
+        if not isinstance(self.value, (str, tuple)) or (self.kind != "choice" and isinstance(self.value, tuple)):
+            raise InvalidGrammar(f"{self.kind} must be a string, got {type(self.value).__name__}")
+        if (not self.value) != (self.kind == "json_object"):
+            raise InvalidGrammar(f"{self.kind} {'takes no value' if self.value else 'is empty'}")
+        num_bytes = _num_bytes(self.kind, self.value)
+        if num_bytes > MAX_STRUCTURED_BYTES:
+            raise InvalidGrammar(f"{self.kind} has {num_bytes} bytes; at most {MAX_STRUCTURED_BYTES} are allowed")
+
+    @property
+    def text(self) -> str:
+        """The value of every kind but choice."""
+        return self.value if isinstance(self.value, str) else ""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return self.value if isinstance(self.value, tuple) else ()
+
+    def _checked_choices(self) -> tuple[str, ...]:
+        if isinstance(self.value, (str, bytes)) or not isinstance(self.value, Sequence):
+            raise InvalidGrammar(f"choice must be a list of strings, got {type(self.value).__name__}")
+        if len(self.value) > MAX_CHOICE_STRINGS:
+            raise InvalidGrammar(f"choice has {len(self.value)} entries; at most {MAX_CHOICE_STRINGS} are allowed")
+        for choice in self.value:
+            if not isinstance(choice, str) or not choice:
+                raise InvalidGrammar(f"choice must hold non-empty strings, got {choice!r}")
+        return tuple(self.value)
+
+
+def _schema_text(schema: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidGrammar(f"json_schema cannot be written as JSON: {error}") from None
+
+
+def _num_bytes(kind: str, value: str | tuple[str, ...]) -> int:
+    try:
+        return len("".join(value).encode())
+    except UnicodeEncodeError:
+        raise InvalidGrammar(f"{kind} has half of a surrogate pair, which is not a character") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Options of one request. `InvalidSamplingParams` names the field that is wrong.
 
-    Order of the pipeline: logit_bias, allowed_token_ids, bad_words, min_tokens (masks); penalties; temperature;
-    min_p; top_k, top_p; draw. `logprobs` are of the model's own distribution, before any of it.
+    Order of the pipeline: logit_bias, allowed_token_ids, bad_words, min_tokens (masks); penalties; the mask of
+    `structured`, which nothing overrules; temperature; min_p; top_k, top_p; draw. `logprobs` are of the model's own
+    distribution, before any of it.
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -52,6 +123,7 @@ class SamplingParams:
     logprobs: int | None = None  # candidates reported per generated token; 0: the drawn one only
     prompt_logprobs: int | None = None  # the same for the prompt
     skip_special_tokens: bool = True  # leave special tokens out of the text
+    structured: StructuredOutput | None = None  # the form that the text must have
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -80,6 +152,8 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise InvalidSamplingParams(f"structured must be a StructuredOutput, got {type(self.structured).__name__}")
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidSamplingParams(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -141,11 +215,3 @@ def _token_ids(name: str, values: Any) -> tuple[int, ...]:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
             raise InvalidSamplingParams(f"{name} must hold token ids (whole numbers from 0), got {value!r}")
     return tuple(values)
-
-
-@dataclass(frozen=True, slots=True)
-class StructuredOutput:
-    """Stand-in until branch `grammar` is merged."""
-
-    kind: str
-    value: Any

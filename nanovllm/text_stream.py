@@ -42,6 +42,10 @@ class TextStreams:
     def open(self, skip_special_tokens: bool) -> TextStream:
         return self._rules.open(self._tables[skip_special_tokens])
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token writes inside a text, special tokens too; empty for ids that the vocabulary does not know."""
+        return self._rules.bytes_of(self._tables[False][token_id])
+
 
 class _TokenTable(dict):
     """Token id -> what it contributes; filled as tokens appear. None: nothing, as if the token were not there."""
@@ -70,6 +74,9 @@ class _ByteLevel:
         if not self._byte_of_character.keys() >= set(token):
             return token.encode()
         return bytes(map(self._byte_of_character.__getitem__, token))
+
+    def bytes_of(self, content: bytes | None) -> bytes:
+        return content or b""
 
     def open(self, table: _TokenTable) -> TextStream:
         return _ByteLevelStream(table)
@@ -104,6 +111,12 @@ class _Pieces:
             token = token.replace(old, new)
         match = _BYTE_TOKEN.fullmatch(token) if self.has_byte_tokens else None
         return bytes.fromhex(match[1]) if match else token
+
+    def bytes_of(self, content: str | bytes | None) -> bytes:
+        if isinstance(content, str):
+            sign = self.removed_from_first
+            return (content.replace(sign, " ") if sign else self.separator + content).encode()
+        return content or b""
 
     def open(self, table: _TokenTable) -> TextStream:
         return _PieceStream(table, self)

@@ -9,10 +9,13 @@ folder with tokenizer.json) and `gguf_vocabulary.py` (the metadata of a GGUF fil
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import tokenizers
 
 from nanovllm.errors import InvalidChatTemplate, InvalidPrompt
 from nanovllm.text_stream import TextStream, TextStreams
@@ -26,6 +29,7 @@ class Tokenizer:
     """Thread-safe. Token ids are those of the checkpoint; special tokens written out in a text become their ids."""
 
     def __init__(self, parts: TokenizerParts) -> None:
+        self.parts = parts  # `Tokenizer(parts)` makes an equal one
         self._backend = parts.backend
         self._named_tokens = parts.named_tokens
         self._templates = parts.chat_templates
@@ -47,6 +51,15 @@ class Tokenizer:
         from nanovllm.gguf_vocabulary import read_metadata  # only GGUF checkpoints need it
 
         return cls(read_metadata(metadata))
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """From what `to_json` wrote, in another process."""
+        return cls(TokenizerParts(tokenizers.Tokenizer.from_str(text)))
+
+    def to_json(self) -> str:
+        """Enough to encode and decode; names of special tokens, end tokens and chat templates are left out."""
+        return self._backend.to_str()
 
     # Text to ids and back.
 
@@ -93,12 +106,35 @@ class Tokenizer:
             return anchored[len(anchor) :]
         return self.encode(text, add_special_tokens=False)
 
+    def encode_literally(self, text: str) -> list[int]:
+        """Ids of `text` inside a longer one, in which special tokens that are written out stay plain text."""
+        token_ids: list[int] = []
+        start = 0
+        for match in self._special_spellings.finditer(text):  # cut each after its first character
+            token_ids += self._encode_in_text(text[start : match.start() + 1])
+            start = match.start() + 1
+        return token_ids + self._encode_in_text(text[start:])
+
+    @cached_property
+    def _special_spellings(self) -> re.Pattern[str]:
+        spellings = [self._backend.id_to_token(token_id) for token_id in sorted(self.special_token_ids)]
+        return re.compile("|".join(re.escape(spelling) for spelling in spellings if spelling) or r"(?!)")
+
     # The vocabulary.
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token writes inside a text, special tokens too; empty for ids that the vocabulary does not know."""
+        return self._streams.bytes_of(token_id)
 
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id. A model may have more rows in its embedding than this."""
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @cached_property
+    def max_token_length(self) -> int:
+        """Characters of the longest token, as the vocabulary spells it: its text is not longer."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
 
     def token_to_id(self, text: str) -> int | None:
         return self._backend.token_to_id(text)

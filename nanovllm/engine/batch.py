@@ -1,8 +1,9 @@
 """The two messages between the planes: `ScheduledBatch` down, `StepResult` up.
 
 Control plane and data plane share nothing else. Both messages are plain integers and lists, so that they can cross a
-process boundary as they are. The batch is stored by columns (one list per property, all of one length), because a
-step of 256 sequences then costs four list appends per sequence and turns into device tensors in one copy each.
+process boundary as they are (in place of matchers their masks would). The batch is stored by columns (one list per
+property, all of one length), because a step of 256 sequences then costs four list appends per sequence and turns into
+device tensors in one copy each.
 Read next: `scheduler.py` writes the batch, `model_runner.py` reads it.
 """
 
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from nanovllm.outputs import PositionLogprobs
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured.base import Matcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,12 @@ class RowSampling:
     stop_token_ids: tuple[int, ...]  # may not be drawn before min_tokens
     bad_words: tuple[tuple[int, ...], ...]  # token sequences that may not be completed
     num_prompt_tokens: int
+    pooling: str | None = None  # "mean", "last": the prompt's vector is wanted, and not what is drawn
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Every position of the prompt must be computed: what is cached has no hidden states."""
+        return self.params.prompt_logprobs is not None or self.pooling == "mean"
 
 
 class Seat(NamedTuple):
@@ -61,6 +69,7 @@ class ScheduledBatch:
     starts: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     sampled_chunks: list[int] = field(default_factory=list)  # chunks that reach their sequence's end: they draw a token
+    matchers: dict[int, Matcher] = field(default_factory=dict)  # place in sampled_chunks -> whose mask that draw obeys
     seats: list[Seat] = field(default_factory=list)
     block_updates: list[BlockUpdate] = field(default_factory=list)
     block_copies: list[BlockCopy] = field(default_factory=list)
@@ -78,4 +87,5 @@ class StepResult:
     token_ids: list[list[int]]  # one drawn token each; more when a draft was accepted
     logprobs: list[PositionLogprobs | None] | None = None  # None: no row asked
     prompt_logprobs: dict[int, list[PositionLogprobs]] = field(default_factory=dict)  # chunk index -> its positions' targets
+    embeddings: dict[int, list[float]] = field(default_factory=dict)  # chunk index -> the vector of the prompt that it ended
     forward_ns: int = 0  # time of the forward pass and the sampler, nanoseconds

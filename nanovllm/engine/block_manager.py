@@ -160,7 +160,7 @@ class BlockManager:
         """The cached blocks that `sequence` can start from. Always leaves it at least one token to compute."""
         block_ids: list[int] = []
         content_id = ROOT
-        if self.enable_prefix_caching and sequence.params.prompt_logprobs is None:
+        if self.enable_prefix_caching and not sequence.sampling.reads_whole_prompt:
             max_blocks = (sequence.num_tokens - 1) // self.block_size
             self.hash_blocks(sequence, max_blocks)
             for index in range(max_blocks):

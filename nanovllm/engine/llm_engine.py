@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence as AbstractSequence
 from itertools import count
 from typing import Any
 
-from nanovllm.engine.door import Door, Prompt
+from nanovllm.engine.door import Bounds, Door, Prompt, TokenSequences
 from nanovllm.engine.events import Events, RequestAdded, StepCollected, StepDispatched
 from nanovllm.engine.progress import Progress, deferred_interrupt
 from nanovllm.engine.request import Request
@@ -25,6 +25,7 @@ from nanovllm.errors import EngineDead, InvalidPrompt, InvalidSamplingParams, Re
 from nanovllm.executor.base import Executor
 from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured.base import Grammar
 from nanovllm.tokenizer import Tokenizer
 
 
@@ -40,6 +41,7 @@ class LLMEngine:
         max_model_len: int,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: AbstractSequence[int] = (),
+        grammar: Grammar | None = None,
         num_steps_ahead: int = 1,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
@@ -49,7 +51,9 @@ class LLMEngine:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.events: Events = scheduler.events
-        self._door = Door(scheduler.block_manager, tokenizer, vocab_size, max_model_len, eos_token_ids, seed)
+        blocks = scheduler.block_manager
+        self.bounds = Bounds(vocab_size, max_model_len, blocks.num_blocks, blocks.block_size)
+        self._door = Door(self.bounds, tokenizer, eos_token_ids, seed, grammar)
         self._num_steps_ahead = num_steps_ahead
         self._requests: dict[str, Request] = {}
         self._request_numbers = count()
@@ -70,15 +74,20 @@ class LLMEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        pooling: str | None = None,
+        bad_words: TokenSequences = (),
     ) -> str:
         """Queue one request; returns its id. Raises `RequestError` or `CapacityError`, and then nothing has changed.
 
         `cache_salt`: requests share cached prefixes only with requests of the same salt. `priority`: smaller is more
-        urgent; needs `scheduling_policy="priority"` to have an effect on order.
+        urgent; needs `scheduling_policy="priority"` to have an effect on order. `pooling`: the result is the prompt's
+        vector, the mean of its hidden states or the last one. `bad_words`: in token ids, from a caller that has the
+        tokenizer.
         """
         self._check_alive()
         request_id = self._check_id(request_id)
-        sequences = self._door.make_sequences(request_id, prompt, params, priority, cache_salt, self._clock())
+        checked = self._door.check(prompt, params, priority, cache_salt, bad_words, pooling)
+        sequences = self._door.make_sequences(request_id, checked, self._clock())
         self._requests[request_id] = Request.begin(sequences, prompt if isinstance(prompt, str) else None, self.tokenizer)
         self.scheduler.add(sequences)
         if self.events.listeners:
@@ -90,10 +99,10 @@ class LLMEngine:
         """The live output of an unfinished request. Raises KeyError for others."""
         return self._requests[request_id].output
 
-    def abort(self, request_id: str) -> GenerationOutput | None:
+    def abort(self, request_id: str, index: int | None = None) -> GenerationOutput | None:
         """End a request in whatever state it is. Returns what it has so far; None when it is unknown or finished.
 
-        Called during a step (by a listener), it takes effect at the beginning of the next.
+        `index`: only this one of its completions, between two steps. Called during a step (by a listener), it takes effect at the beginning of the next.
         """
         request = self._requests.get(request_id)
         if request is None:
@@ -101,7 +110,7 @@ class LLMEngine:
         if self._is_stepping:
             self._aborts.append(request_id)
             return request.output
-        for sequence in request.sequences:
+        for sequence in request.sequences if index is None else request.sequences[index : index + 1]:
             self.scheduler.finish(sequence, "abort")
         self._close_finished()
         self._num_aborted += 1
@@ -171,10 +180,7 @@ class LLMEngine:
         return list(outputs.values())
 
     def _grow(self, request: Request, sequence: Sequence) -> None:
-        metrics = request.output.metrics
-        if metrics.first_token_time is None:
-            metrics.first_token_time = self._clock()
-        stop_string = request.grow(sequence)
+        stop_string = request.grow(sequence, self._clock)
         if stop_string is not None and not sequence.is_finished:
             self.scheduler.finish(sequence, "stop", stop_string)
         elif stop_string is not None:  # a stop token or the limit came with the same token: the text ends at the string
@@ -219,6 +225,7 @@ class LLMEngine:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        pooling: str | None = None,
         use_tqdm: bool = False,
     ) -> list[GenerationOutput]:
         """Run prompts to their end; outputs in the order of the prompts. If one is refused, none is left behind."""
@@ -232,7 +239,7 @@ class LLMEngine:
         unfinished: dict[str, GenerationOutput] = {}
         try:
             for prompt, one in zip(prompts, per_prompt):
-                request_id = self.add_request(prompt, one, priority=priority, cache_salt=cache_salt)
+                request_id = self.add_request(prompt, one, priority=priority, cache_salt=cache_salt, pooling=pooling)
                 unfinished[request_id] = self.output_of(request_id)
             outputs = list(unfinished.values())
             with Progress(len(prompts), use_tqdm) as progress, deferred_interrupt() as interrupted:

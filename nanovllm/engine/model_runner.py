@@ -24,6 +24,7 @@ from nanovllm.models.decoder import Decoder
 from nanovllm.runner.cuda_graphs import CudaGraphs, StepTensors
 from nanovllm.runner.inputs import StepInputs, build_inputs
 from nanovllm.runner.pending import PendingStep, send_to_host
+from nanovllm.runner.pooling import PromptPooling
 from nanovllm.runner.state import RowState
 from nanovllm.sampling.logprobs import BatchLogprobs, prompt_logprobs
 from nanovllm.sampling.sampler import Sampler
@@ -51,6 +52,7 @@ class ModelRunner:
         self.sampler = Sampler(model.spec.vocab_size, max_num_seqs, device)
         self.graphs: CudaGraphs | None = None
         self._prompt_logprobs: dict[int, Seat] = {}  # row -> who asked for them
+        self._pooling = PromptPooling()
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> PendingStep:
@@ -58,13 +60,16 @@ class ModelRunner:
         started = time.perf_counter_ns()
         self._update_state(batch)
         asks_prompt = bool(self._prompt_logprobs) and not self._prompt_logprobs.keys().isdisjoint(batch.rows)
-        pending = None if self.graphs is None or asks_prompt else self._replay(batch)
+        pools = self._pooling.is_asked(batch.rows)
+        pending = None if self.graphs is None or asks_prompt or pools else self._replay(batch)
         if pending is None:
             inputs = build_inputs(batch, self.state, self.block_size)
             hidden = self.model(inputs.input_ids, self._context(inputs))  # [num_tokens, hidden_size]
             pending = self._sample(batch, inputs, hidden)
             if asks_prompt:
                 pending.prompt_logprobs = self._score_prompts(batch, inputs, hidden)
+            if pools:
+                pending.embeddings = self._pooling.pool(batch, inputs.query_start, hidden)
         pending.forward_ns = time.perf_counter_ns() - started
         return pending
 
@@ -73,6 +78,7 @@ class ModelRunner:
     def _update_state(self, batch: ScheduledBatch) -> None:
         for seat in batch.seats:
             self.sampler.seat(seat.row, seat.sampling)
+            self._pooling.seat(seat)
             self._prompt_logprobs.pop(seat.row, None)
             if seat.sampling.params.prompt_logprobs is not None:
                 self._prompt_logprobs[seat.row] = seat
@@ -103,7 +109,7 @@ class ModelRunner:
 
     def _draw(self, batch: ScheduledBatch, logits: Tensor) -> PendingStep:
         rows, positions = _sampled_places(batch)
-        sampled = self.sampler.sample(logits, rows, positions, self.state.token_ids)
+        sampled = self.sampler.sample(logits, rows, positions, self.state.token_ids, batch.matchers)
         device = logits.device
         self.state.write_sampled(upload(rows, device), upload(positions, device), sampled.token_ids)
         return send_to_host(batch.step, sampled.token_ids, sampled.logprobs)
@@ -151,7 +157,7 @@ class ModelRunner:
         if replayed is None:
             return None
         logits, token_ids = replayed
-        return send_to_host(batch.step, token_ids) if is_plain else self._draw(batch, logits)
+        return send_to_host(batch.step, token_ids) if is_plain and not batch.matchers else self._draw(batch, logits)
 
     def _score_prompts(self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor) -> dict[int, list[BatchLogprobs]]:
         """Log-probabilities of the prompt tokens that follow each computed position, for the rows that asked."""

@@ -5,6 +5,7 @@ Owns the answer under construction. Text is optional: without a tokenizer the en
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanovllm.engine.detokenizer import IncrementalDetokenizer, StopStrings
@@ -35,8 +36,13 @@ class Request:
             detokenizers = [IncrementalDetokenizer(tokenizer, params, stop_strings) for _ in sequences]
         return cls(sequences, output, detokenizers, len(sequences))
 
-    def grow(self, sequence: Sequence) -> str | None:
+    def grow(self, sequence: Sequence, clock: Callable[[], float]) -> str | None:
         """Take over a sequence's new tokens. Returns the stop string that they completed, if any."""
+        if self.output.metrics.first_token_time is None:
+            self.output.metrics.first_token_time = clock()
+            self._note_prompt()
+        if sequence.sampling.pooling is not None:
+            return None  # the result is the vector
         completion = self.output.completions[sequence.index]
         new_token_ids = sequence.token_ids[sequence.num_prompt_tokens + len(completion.token_ids) :]
         completion.token_ids.extend(new_token_ids)
@@ -52,6 +58,10 @@ class Request:
         """A sequence ended: flush its text, take over its reason; the last one closes the request."""
         completion = self.output.completions[sequence.index]
         completion.finish_reason, completion.stop_reason = sequence.finish_reason, sequence.stop_reason
+        if sequence.finish_reason == "error" and sequence.matcher is not None:
+            completion.stop_reason = sequence.matcher.error
+        if sequence.sampling.pooling is not None and sequence.embedding is not None:
+            self.output.embedding, completion.finish_reason = sequence.embedding, "stop"
         if self.detokenizers:
             detokenizer = self.detokenizers[sequence.index]
             completion.text += detokenizer.finish()
@@ -61,13 +71,18 @@ class Request:
         if self.num_unfinished == 0:
             self._close(now)
 
-    def _close(self, now: float) -> None:
+    def _note_prompt(self) -> None:
+        """What is known when the prompt is computed: with the first token."""
         first, metrics = self.sequences[0], self.output.metrics
-        metrics.finish_time = now
-        metrics.first_scheduled_time = first.first_scheduled_time
-        metrics.num_cached_tokens = first.num_cached_tokens
-        metrics.num_generated_tokens = sum(sequence.num_generated_tokens for sequence in self.sequences)
-        metrics.num_preemptions = sum(sequence.num_preemptions for sequence in self.sequences)
+        metrics.first_scheduled_time, metrics.num_cached_tokens = first.first_scheduled_time, first.num_cached_tokens
         if first.params.prompt_logprobs is not None:
             self.output.prompt_logprobs = [None, *first.prompt_logprobs]
+
+    def _close(self, now: float) -> None:
+        metrics = self.output.metrics
+        if metrics.first_token_time is None:
+            self._note_prompt()
+        metrics.finish_time = now
+        metrics.num_generated_tokens = sum(len(completion.token_ids) for completion in self.output.completions)
+        metrics.num_preemptions = sum(sequence.num_preemptions for sequence in self.sequences)
         self.output.finished = True

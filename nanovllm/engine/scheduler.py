@@ -155,6 +155,8 @@ class Scheduler:
         start = sequence.num_computed_tokens
         end = start + num_new_tokens
         if end == len(sequence.token_ids) + sequence.num_pending_tokens:
+            if sequence.matcher is not None:
+                batch.matchers[len(batch.sampled_chunks)] = sequence.matcher
             batch.sampled_chunks.append(len(plan.sequences))
             sequence.num_pending_tokens += 1
         plan.sequences.append(sequence)
@@ -293,6 +295,8 @@ class Scheduler:
         for chunk, logprobs in result.prompt_logprobs.items():
             start = plan.batch.starts[chunk]
             plan.sequences[chunk].prompt_logprobs[start : start + len(logprobs)] = logprobs
+        for chunk, embedding in result.embeddings.items():
+            plan.sequences[chunk].embedding = embedding
         return grown
 
     def _append(self, sequence: Sequence, token_ids: list[int]) -> None:
@@ -317,12 +321,14 @@ class Scheduler:
             insort(self.waiting, sibling, key=self.policy.rank)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
+        if (matcher := sequence.matcher) is not None and (reason := matcher.accept(token_id)):
+            return reason
         if token_id in sequence.stop_token_ids and sequence.num_generated_tokens >= sequence.params.min_tokens:
             return "stop"
         return "length" if len(sequence.token_ids) >= sequence.max_num_tokens else None
 
     def finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
-        """End a sequence in whatever state it is: stop token, limit, stop string, or abort. Ending twice is harmless."""
+        """End a sequence in whatever state it is: stop token, limit, stop string, error, abort. Ending twice is harmless."""
         if sequence.status is SequenceStatus.FINISHED:
             return
         self._release_siblings(sequence)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from nanovllm.engine.batch import RowSampling
 from nanovllm.outputs import PositionLogprobs
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured.base import Matcher
 
 
 class SequenceStatus(enum.Enum):
@@ -43,6 +44,7 @@ class Sequence:
     cache_salt: str = ""  # sequences share cached blocks only within one salt
     arrival_time: float = 0.0
     sibling: Sequence | None = None  # index 0 of the same request: its prompt's KV is shared
+    matcher: Matcher | None = None  # its place in the grammar that its text must follow
 
     # --- the stream
     token_ids: list[int] = field(default_factory=list)
@@ -50,6 +52,7 @@ class Sequence:
     num_pending_tokens: int = 0
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    embedding: list[float] | None = None
 
     # --- what it holds while running
     row: int = -1
@@ -85,4 +88,6 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens that a step could compute now. The last token that fits is never fed back: nothing would follow it."""
+        if self.num_pending_tokens and self.matcher is not None:
+            return 0  # which token may come next depends on the one that is under way
         return min(len(self.token_ids) + self.num_pending_tokens, self.max_num_tokens - 1) - self.num_computed_tokens

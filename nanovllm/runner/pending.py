@@ -20,6 +20,7 @@ class PendingStep:
     logprobs: BatchLogprobs | None = None
     arrived: Any = None  # None: it is there
     prompt_logprobs: dict[int, list[BatchLogprobs]] = field(default_factory=dict)
+    embeddings: dict[int, Tensor] = field(default_factory=dict)
     forward_ns: int = 0
 
     def result(self) -> StepResult:
@@ -31,6 +32,7 @@ class PendingStep:
             token_ids=self.token_ids.unsqueeze(1).tolist(),
             logprobs=self.logprobs.to_host() if self.logprobs else None,
             prompt_logprobs={chunk: _to_host(parts) for chunk, parts in self.prompt_logprobs.items()},
+            embeddings={chunk: vector.tolist() for chunk, vector in self.embeddings.items()},
             forward_ns=self.forward_ns,
         )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanovllm.engine.batch import RowSampling
 from nanovllm.kernels.upload import upload
+from nanovllm.structured.base import Matchers, fill_masks
 
 # Not -inf: masks that contradict each other (say min_tokens, and allowed_token_ids that are all stop tokens) leave the
 # allowed tokens equal to each other, and still above the rest. Any finite logit vanishes beside it in float32.
@@ -200,6 +201,23 @@ def min_tokens(rows: list[EditedRow], device: torch.device) -> Edit | None:
             _forbid_where(batch.positions_on_device[samples] < end_positions, batch.scores, samples, tokens)
 
     return forbid_early_end
+
+
+def grammar_masks(matchers: Matchers, vocab_size: int, device: torch.device) -> Edit:
+    """What grammars allow. For one step: the matchers are asked now, while the forward pass is under way.
+
+    Comes last and forbids for good: where nothing that is allowed is left, the allowed tokens are equal to each other.
+    """
+    lines = upload(list(matchers), device)  # [m]
+    words = upload(fill_masks(matchers.values(), vocab_size), device)  # [m, ceil(vocab / 32)] int32, a bit per token
+
+    def keep_in_grammar(batch: EditedLogits) -> None:
+        bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1  # [m, ceil(vocab / 32), 32]
+        is_forbidden = bits.flatten(1)[:, :vocab_size] == 0  # [m, vocab]
+        scores = batch.scores.index_select(0, lines).clamp_(min=FORBIDDEN)
+        batch.scores.index_copy_(0, lines, scores.masked_fill_(is_forbidden, -torch.inf))
+
+    return keep_in_grammar
 
 
 def _forbid_where(condition: Tensor, scores: Tensor, samples: Tensor, tokens: Tensor) -> None:

@@ -21,7 +21,8 @@ from nanovllm.sampling import filters
 from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, build_groups, draw, limits_of
 from nanovllm.sampling.gumbel import draw_keys, stream_of, token_hashes
 from nanovllm.sampling.logprobs import BatchLogprobs, sampled_logprobs
-from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits
+from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits, grammar_masks
+from nanovllm.structured.base import Matchers
 
 # One line per row, so that the operands of a batch are one indexing away. num_logprobs is -1 for none.
 ROW_COLUMNS = np.dtype([*LIMITS, ("stream", np.uint64), ("has_edits", np.bool_), ("num_logprobs", np.int64)])
@@ -68,14 +69,18 @@ class Sampler:
         is_plain &= (columns["min_p"] == 0) & ~columns["has_edits"] & (columns["num_logprobs"] < 0)
         return columns["inverse_temperature"], draw_keys(columns["stream"], positions), bool(is_plain.all())
 
-    def sample(self, logits: Tensor, rows: list[int], positions: list[int], token_table: Tensor) -> SampledTokens:
+    def sample(
+        self, logits: Tensor, rows: list[int], positions: list[int], token_table: Tensor, matchers: Matchers | None = None
+    ) -> SampledTokens:
         """One token for each line of `logits`, [num_samples, vocab], which are left as they are.
 
         `rows[i]` is the row of sample i, `positions[i]` the place in its sequence that the new token takes; the tokens
-        before it are `token_table[rows[i], :positions[i]]`, of [max_num_seqs, max_model_len + 1] int32.
+        before it are `token_table[rows[i], :positions[i]]`, of [max_num_seqs, max_model_len + 1] int32. `matchers[i]`,
+        if there, is the grammar that sample i follows.
         """
         plan = self._plan_for(rows)
-        scores = apply_edits(plan.edits, logits, positions, token_table) if plan.edits else logits
+        edits = [*plan.edits, grammar_masks(matchers, logits.shape[-1], self._device)] if matchers else plan.edits
+        scores = apply_edits(edits, logits, positions, token_table) if edits else logits
         token_ids = self._draw(scores, plan, positions)
         if not plan.logprobs_asked:
             return SampledTokens(token_ids, None)

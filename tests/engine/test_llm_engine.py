@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from support import VOCAB_SIZE, assert_nothing_is_held, drain, greedy, make_engine, naive_generate, next_token
 
+from nanovllm.engine.door import Door
 from nanovllm.engine.events import (
     RequestAdded,
     SequenceAdmitted,
@@ -221,7 +223,7 @@ class TestTheDoor:
 
     def test_a_prompt_larger_than_the_cache_is_refused(self):
         engine = make_engine(num_blocks=4, block_size=4)
-        engine._door._max_model_len = 1000
+        engine._door = Door(replace(engine.bounds, max_model_len=1000), None)
         with pytest.raises(CacheTooSmall, match="holds 16 in all"):
             engine.add_request([1] * 16, greedy())
 

@@ -1,0 +1,517 @@
+"""The process that owns an `LLMEngine`: receive, step, send, until it is told to stop or its parent is gone.
+
+Speaks token ids only; text is the business of the front ends, which may be several. One turn of the loop takes what has
+arrived, makes one step, and sends one message to each front end that the step concerns. A front end that does not
+read costs nothing but its own latency: what it has not taken is added to the next message. One that has gone is noticed
+when it is sent to, at least once a second, and its requests are aborted. A request that is refused is answered; a
+failure of the engine is told to every front end, and ends the process with status 1. Started by `async_engine.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib
+import json
+import os
+import select
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.events import Event, SequencePreempted, StepCollected, StepDispatched
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.messages import (
+    Abort,
+    AddRequest,
+    Answer,
+    Begun,
+    Call,
+    Ended,
+    EngineFacts,
+    Failure,
+    Goodbye,
+    Hello,
+    LastWords,
+    Outputs,
+    Ready,
+    Refused,
+    Shutdown,
+    TokenizerMessage,
+    decode_for_engine,
+    encode,
+)
+from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import NanoVllmError, RequestError
+from nanovllm.log import configure_logging, logger
+from nanovllm.outputs import GenerationOutput
+from nanovllm.tokenizer import Tokenizer
+
+MAX_MESSAGES_PER_TURN = 256  # so that a flood of requests delays the running ones by milliseconds only
+SIGN_OF_LIFE_SECONDS = 1.0  # between two messages to a front end that has requests open
+RETRY_SECONDS = 0.02  # after a front end's queue was full
+MAX_STALL_SECONDS = 60.0  # without taking a message; then the front end's requests are aborted
+MAX_PROFILE_SECONDS = 60.0
+HELLO_SECONDS = 5.0  # to wait for somebody who can be told that the start has failed
+
+
+@dataclass(frozen=True, slots=True)
+class ServedEngine:
+    """What a builder makes. The engine has no tokenizer: the front ends have it."""
+
+    engine: LLMEngine
+    tokenizer: Tokenizer
+    facts: EngineFacts
+
+
+def build(config: EngineConfig) -> ServedEngine:
+    """The builder of real engines."""
+    from nanovllm.llm import open_engine  # torch: with another builder this process does without
+
+    built, tokenizer = open_engine(config, speaks_text=False)
+    facts = EngineFacts(
+        model=config.model,
+        vocab_size=built.spec.vocab_size,
+        max_model_len=built.memory_plan.max_model_len,
+        block_size=built.memory_plan.block_size,
+        num_kv_blocks=built.memory_plan.num_blocks,
+        max_num_seqs=built.config.max_num_seqs,
+        eos_token_ids=built.eos_token_ids,
+        has_chat_template=tokenizer.chat_template is not None,
+        device=built.platform.describe(),
+        dtype=built.config.dtype,
+        memory_plan=built.memory_plan.describe(),
+        config=dataclasses.asdict(built.config),
+        pid=os.getpid(),
+    )
+    return ServedEngine(built.engine, tokenizer, facts)
+
+
+@dataclass(slots=True, eq=False)
+class Frontend:
+    """One connected front end, and the message that is being filled for it."""
+
+    number: int
+    identity: bytes
+    requests: dict[int, OpenRequest] = field(default_factory=dict)  # by handle
+    outputs: Outputs | None = None  # not sent yet
+    sent_time: float = 0.0
+    stalled_time: float | None = None  # since when its queue has been full
+    retry_time: float = 0.0
+
+    def news(self) -> Outputs:
+        if self.outputs is None:
+            self.outputs = Outputs()
+        return self.outputs
+
+
+@dataclass(slots=True, eq=False)
+class OpenRequest:
+    """What of an unfinished request has been put into messages."""
+
+    frontend: Frontend
+    handle: int
+    request_id: str  # the engine's, which is unique among front ends
+    num_tokens: list[int]  # per completion
+    has_begun: bool = False
+    has_ended: set[int] = field(default_factory=set)  # indexes of completions
+
+    def tell(self, output: GenerationOutput) -> None:
+        """Add what is new to the front end's message."""
+        message = self.frontend.news()
+        if not self.has_begun:
+            self.has_begun = True
+            metrics = output.metrics
+            begun = Begun(self.handle, metrics.first_scheduled_time, metrics.num_cached_tokens, output.prompt_logprobs)
+            message.begun.append(begun)
+        if output.embedding is not None:
+            message.embeddings[self.handle] = output.embedding
+        for index, completion in enumerate(output.completions):
+            handle = self.handle + index
+            first, num_tokens = self.num_tokens[index], len(completion.token_ids)
+            if first < num_tokens:
+                self.num_tokens[index] = num_tokens
+                message.handles += [handle] * (num_tokens - first)
+                message.token_ids += completion.token_ids[first:]
+                if completion.logprobs is not None:
+                    message.logprobs.setdefault(handle, []).extend(completion.logprobs[first:])
+            if completion.finish_reason is not None and index not in self.has_ended:
+                self.has_ended.add(index)
+                ended = Ended(handle, completion.finish_reason, completion.stop_reason, output.metrics.num_preemptions)
+                message.ended.append(ended)
+
+
+class Counters:
+    """A listener that adds up what happened since the start. Times are nanoseconds."""
+
+    def __init__(self) -> None:
+        self.num_steps = self.num_generated_tokens = self.num_computed_tokens = self.num_preemptions = 0
+        self.forward_ns = self.schedule_ns = self.apply_ns = 0
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, StepCollected):
+            self.num_steps += 1
+            self.num_generated_tokens += event.num_new_tokens
+            self.forward_ns += event.forward_ns
+            self.apply_ns += event.apply_ns
+        elif isinstance(event, StepDispatched):
+            self.num_computed_tokens += event.num_tokens
+            self.schedule_ns += event.schedule_ns
+        elif isinstance(event, SequencePreempted):
+            self.num_preemptions += 1
+
+
+class EngineProcess:
+    """The loop around one engine, on one ROUTER socket."""
+
+    def __init__(self, served: ServedEngine, socket: zmq.Socket, folder: Path) -> None:
+        self._engine = served.engine
+        self._ready = encode(Ready(served.facts, TokenizerMessage.of(served.tokenizer)))
+        self._socket = socket
+        self._folder = folder
+        self._frontends: dict[bytes, Frontend] = {}
+        self._requests: dict[str, OpenRequest] = {}  # by the engine's request id
+        self._num_frontends = self._num_prompt_tokens = self._num_requests = 0
+        self._counters = Counters()
+        self._engine.events.listeners.append(self._counters)
+        self._profile: Profile | None = None
+        self._is_closing = False
+
+    def serve(self) -> None:
+        """Until `Shutdown`. Raises what the engine raises, after telling the front ends."""
+        try:
+            while not self._is_closing:
+                self._receive()
+                if self._engine.has_work:
+                    self._step()
+                self._send()
+                if self._profile is not None and time.monotonic() >= self._profile.end_time:
+                    self._finish_profile()
+        except BaseException as error:
+            self._say_last_words(error)
+            raise
+        finally:
+            self._engine.close()
+
+    # --- receive
+
+    def _receive(self) -> None:
+        """Take what has arrived; without work to do, sleep until something does."""
+        if not self._engine.has_work:
+            self._socket.poll(self._patience() * 1000)
+        for _ in range(MAX_MESSAGES_PER_TURN):
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = decode_for_engine(b"".join(frames))
+            except (msgspec.DecodeError, NanoVllmError) as error:
+                logger.warning("a front end sent what is not a message, which is ignored: %s", error)
+                continue
+            self._take(identity, message)
+
+    def _patience(self) -> float:
+        """Seconds that an idle loop may sleep."""
+        if self._profile is not None:
+            return min(max(0.0, self._profile.end_time - time.monotonic()), SIGN_OF_LIFE_SECONDS)
+        has_news = any(frontend.outputs is not None for frontend in self._frontends.values())
+        return RETRY_SECONDS if has_news else SIGN_OF_LIFE_SECONDS
+
+    def _take(self, identity: bytes, message: Any) -> None:
+        if isinstance(message, Hello):
+            self._welcome(identity)
+        elif isinstance(message, Shutdown):
+            self._is_closing = True
+        elif (frontend := self._frontends.get(identity)) is None:
+            logger.warning("a message of a front end that is not connected is ignored")
+        elif isinstance(message, AddRequest):
+            self._add(frontend, message)
+        elif isinstance(message, Abort):
+            self._abort(frontend, message)
+        elif isinstance(message, Call):
+            self._answer(frontend, message)
+        elif isinstance(message, Goodbye):
+            self._forget(frontend)
+
+    def _welcome(self, identity: bytes) -> None:
+        self._frontends[identity] = Frontend(self._num_frontends, identity)
+        self._num_frontends += 1
+        try:
+            self._socket.send_multipart([identity, self._ready], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            self._forget(self._frontends[identity])
+
+    def _add(self, frontend: Frontend, message: AddRequest) -> None:
+        """Whatever goes wrong here is the answer to this request, and nobody else's."""
+        request_id = f"{frontend.number}/{message.request_id}"
+        try:
+            if message.handle in frontend.requests:
+                raise RequestError(f"handle {message.handle} is in use")
+            self._engine.add_request(
+                message.token_ids,
+                message.params if message.pooling is None else None,
+                request_id=request_id,
+                priority=message.priority,
+                cache_salt=message.cache_salt,
+                bad_words=message.bad_words,
+                pooling=message.pooling,
+            )
+        except Exception as error:
+            if not isinstance(error, NanoVllmError):
+                logger.exception("the admission of request %s failed", request_id)
+            frontend.news().refused.append(Refused(message.handle, Failure.of(error)))
+            return
+        request = OpenRequest(frontend, message.handle, request_id, [0] * message.params.n)
+        frontend.requests[message.handle] = self._requests[request_id] = request
+        self._num_requests += 1
+        self._num_prompt_tokens += len(message.token_ids)
+
+    def _abort(self, frontend: Frontend, message: Abort) -> None:
+        """The front end has closed what it aborts: it gets no answer."""
+        request = frontend.requests.get(message.handle)
+        if request is None:
+            return  # ended meanwhile
+        output = self._engine.abort(request.request_id, message.index)
+        if output is None or output.finished:
+            self._close(request)
+
+    def _close(self, request: OpenRequest) -> None:
+        del request.frontend.requests[request.handle], self._requests[request.request_id]
+
+    def _forget(self, frontend: Frontend) -> None:
+        """It has gone: end what it left behind."""
+        self._abort_all(frontend)
+        del self._frontends[frontend.identity]
+
+    def _abort_all(self, frontend: Frontend) -> None:
+        if frontend.requests:
+            logger.warning("front end %d has gone: %d requests are aborted", frontend.number, len(frontend.requests))
+        for request in list(frontend.requests.values()):
+            output = self._engine.abort(request.request_id)
+            if output is not None:
+                request.tell(output)
+            self._close(request)
+
+    # --- step and send
+
+    def _step(self) -> None:
+        for output in self._engine.step():
+            request = self._requests.get(output.request_id)
+            if request is not None:
+                request.tell(output)
+                if output.finished:
+                    self._close(request)
+
+    def _send(self) -> None:
+        now = time.monotonic()
+        for frontend in list(self._frontends.values()):
+            if frontend.requests and now - frontend.sent_time > SIGN_OF_LIFE_SECONDS:
+                frontend.news()
+            if frontend.outputs is not None and now >= frontend.retry_time:
+                self._send_news(frontend, now)
+
+    def _send_news(self, frontend: Frontend, now: float) -> None:
+        try:
+            self._socket.send_multipart([frontend.identity, encode(frontend.outputs)], zmq.NOBLOCK)
+        except zmq.Again:
+            frontend.retry_time = now + RETRY_SECONDS
+            if frontend.stalled_time is None:
+                frontend.stalled_time = now
+            elif now - frontend.stalled_time > MAX_STALL_SECONDS:
+                self._abort_all(frontend)
+        except zmq.ZMQError:  # EHOSTUNREACH: the connection is gone
+            self._forget(frontend)
+        else:
+            frontend.outputs, frontend.sent_time, frontend.stalled_time = None, now, None
+
+    def _say_last_words(self, error: BaseException) -> None:
+        self._send()
+        words = encode(LastWords(Failure("EngineDead", f"the engine failed: {type(error).__name__}"), traceback_of(error)))
+        for identity in self._frontends:
+            try:
+                self._socket.send_multipart([identity, words], zmq.NOBLOCK)
+            except zmq.ZMQError:
+                continue
+
+    # --- other calls
+
+    def _answer(self, frontend: Frontend, call: Call) -> None:
+        answers = frontend.news().answers
+        try:
+            if call.name == "profile":
+                self._start_profile(frontend, call)
+            elif call.name not in CALLS:
+                raise RequestError(f"unknown call {call.name!r}")
+            else:
+                answers.append(Answer(call.call_id, CALLS[call.name](self, **call.arguments), None))
+        except Exception as error:
+            if not isinstance(error, NanoVllmError):
+                logger.exception("the call %r failed", call.name)
+            answers.append(Answer(call.call_id, None, Failure.of(error)))
+
+    def _stats(self) -> dict[str, int | float]:
+        scheduler = self._engine.scheduler
+        blocks = scheduler.block_manager
+        return {
+            "num_waiting": len(scheduler.waiting),
+            "num_running": len(scheduler.running),
+            "num_requests": self._num_requests,
+            "num_open_requests": len(self._requests),
+            "num_frontends": len(self._frontends),
+            "num_free_blocks": blocks.num_free_blocks,
+            "num_kv_blocks": blocks.num_blocks,
+            "num_prompt_tokens": self._num_prompt_tokens,
+            "num_prefix_queried_tokens": blocks.stats.num_queried_tokens,
+            "num_prefix_hit_tokens": blocks.stats.num_hit_tokens,
+            "num_prefix_evictions": blocks.stats.num_evictions,
+            **vars(self._counters),
+        }
+
+    def _set_limits(self, **limits: Any) -> dict[str, Any]:
+        return dataclasses.asdict(self._engine.scheduler.set_limits(**limits))
+
+    def _reset_prefix_cache(self) -> bool:
+        self._engine.scheduler.block_manager.reset_prefix_cache()
+        return True
+
+    def _inspect(self) -> dict[str, Any]:
+        """What runs and what waits, without a word of text."""
+        scheduler = self._engine.scheduler
+        return {
+            "limits": dataclasses.asdict(scheduler.limits),
+            "running": [describe(sequence) for sequence in scheduler.running],
+            "waiting": [describe(sequence) for sequence in scheduler.waiting],
+            "num_free_blocks": scheduler.block_manager.num_free_blocks,
+            "num_kv_blocks": scheduler.block_manager.num_blocks,
+            "num_steps_in_flight": scheduler.num_in_flight,
+            "frontends": {str(frontend.number): len(frontend.requests) for frontend in self._frontends.values()},
+        }
+
+    def _start_profile(self, frontend: Frontend, call: Call) -> None:
+        seconds = call.arguments.get("seconds")
+        if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds <= MAX_PROFILE_SECONDS:
+            raise RequestError(f"seconds must be a number above 0 and up to {MAX_PROFILE_SECONDS:g}, got {seconds!r}")
+        if self._profile is not None:
+            raise RequestError("a profile is being taken already; wait for its end")
+        self._profile = Profile(frontend, call.call_id, time.monotonic() + seconds)
+
+    def _finish_profile(self) -> None:
+        profile, self._profile = self._profile, None
+        if profile is not None:
+            path = profile.save(self._folder)
+            profile.frontend.news().answers.append(Answer(profile.call_id, str(path), None))
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "stats": EngineProcess._stats,
+    "set_limits": EngineProcess._set_limits,
+    "reset_prefix_cache": EngineProcess._reset_prefix_cache,
+    "inspect": EngineProcess._inspect,
+}
+
+
+class Profile:
+    """A running torch profiler, and who waits for it."""
+
+    def __init__(self, frontend: Frontend, call_id: int, end_time: float) -> None:
+        import torch  # only a profile needs it here
+
+        self.frontend, self.call_id, self.end_time = frontend, call_id, end_time
+        self._profiler = torch.profiler.profile()
+        self._profiler.start()
+
+    def save(self, folder: Path) -> Path:
+        """A trace for chrome://tracing or Perfetto."""
+        self._profiler.stop()
+        path = folder / f"profile-{self.frontend.number}-{self.call_id}.json"
+        self._profiler.export_chrome_trace(str(path))
+        return path
+
+
+def describe(sequence: Sequence) -> dict[str, Any]:
+    return {
+        "request_id": sequence.request_id,
+        "index": sequence.index,
+        "priority": sequence.priority,
+        "num_prompt_tokens": sequence.num_prompt_tokens,
+        "num_generated_tokens": sequence.num_generated_tokens,
+        "num_computed_tokens": sequence.num_computed_tokens,
+        "num_cached_tokens": sequence.num_cached_tokens,
+        "num_preemptions": sequence.num_preemptions,
+        "num_blocks": len(sequence.block_table),
+        "block_ids": list(sequence.block_table),
+    }
+
+
+def traceback_of(error: BaseException) -> str:
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+
+
+# --- the life of the process
+
+
+def main(builder: str) -> None:
+    """`builder`: "package.module:function", config to `ServedEngine`. The rest is a line of JSON on standard input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and a service manager's SIGTERM go to the whole group, but the
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # parent decides: it may want to finish what runs. It tells us, or dies
+    start = json.loads(sys.stdin.buffer.readline())
+    folder = Path(start["folder"])
+    threading.Thread(target=die_with_parent, args=(folder, start["parent"]), name="die-with-parent", daemon=True).start()
+    configure_logging(start["log_level"])
+    context = zmq.Context()
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to one who has gone is an error, not silence
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.bind(start["address"])
+    try:
+        run(builder, EngineConfig(**start["config"]), socket, folder)
+    finally:
+        socket.close()
+        context.term()
+
+
+def run(builder: str, config: EngineConfig, socket: zmq.Socket, folder: Path) -> None:
+    try:
+        module, _, name = builder.partition(":")
+        served = getattr(importlib.import_module(module), name)(config)
+        process = EngineProcess(served, socket, folder)
+    except BaseException as error:
+        refuse_to_start(socket, error)
+        sys.exit(1)
+    gc.collect()
+    gc.freeze()  # the model's objects live as long as the process: no collection need look at them
+    try:
+        process.serve()
+    except Exception:
+        sys.exit(1)  # the front ends have the traceback
+
+
+def refuse_to_start(socket: zmq.Socket, error: BaseException) -> None:
+    """Tell whoever says hello why there will be no engine."""
+    failure = Failure.of(error)
+    words = LastWords(failure, "" if isinstance(error, NanoVllmError) else traceback_of(error))
+    end_time = time.monotonic() + HELLO_SECONDS
+    while socket.poll(max(0.0, end_time - time.monotonic()) * 1000):
+        identity, *_ = socket.recv_multipart()
+        socket.send_multipart([identity, encode(words)])
+        end_time = min(end_time, time.monotonic() + 0.1)
+
+
+def die_with_parent(folder: Path, parent: int) -> None:
+    """Standard input is a pipe that the parent never writes to again: its end is the parent's end."""
+    while os.getppid() == parent and not select.select([sys.stdin], [], [], 1.0)[0]:
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)

@@ -1,0 +1,131 @@
+"""Bodies: read with limits, parsed strictly.
+
+Refused: more bytes than `max_body_bytes`, a body that does not arrive in time, what is not JSON (NaN, lone surrogates,
+numbers beyond a float, invalid UTF-8), a key twice in one object, deep nesting, unknown fields, and fields that are known
+but not supported. A refusal names the field. Knows no endpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from nanovllm.errors import did_you_mean
+from nanovllm.server.errors import BadField, ClientGone, HttpError
+from nanovllm.server.options import ServerOptions
+
+T = TypeVar("T")
+LONG_BODY = 256 * 1024  # bytes; longer ones are parsed in a thread
+MAX_INT = 2**64  # beyond it an integer fits no counter, seed or token id
+
+
+async def read_body(request: Request, options: ServerOptions) -> bytes:
+    """All bytes of a body, or 413 / 408. A declared length is believed only in order to refuse."""
+    declared = request.headers.get("content-length", "0")
+    if not declared.isascii() or not declared.isdigit() or len(declared) > 18 or int(declared) > options.max_body_bytes:
+        raise _too_large(options)
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise HttpError(415, "content-encoding is not supported: send the body as it is", code="unsupported_encoding")
+    try:
+        return await asyncio.wait_for(_receive_body(request, options), options.body_timeout_s or None)
+    except asyncio.TimeoutError:
+        message = f"the body did not arrive within body_timeout_s={options.body_timeout_s:g}"
+        raise HttpError(408, message, code="body_timeout", headers={"Connection": "close"}) from None
+
+
+async def _receive_body(request: Request, options: ServerOptions) -> bytes:
+    chunks, size, more = [], 0, True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > options.max_body_bytes:
+            raise _too_large(options)
+        chunks.append(chunk)
+        more = message.get("more_body", False)
+    return b"".join(chunks)
+
+
+def _too_large(options: ServerOptions) -> HttpError:
+    message = f"the body is longer than max_body_bytes={options.max_body_bytes}"
+    return HttpError(413, message, param="body", code="body_too_large", headers={"Connection": "close"})
+
+
+async def parse_body(body: bytes, struct_type: type[T], refused: Mapping[str, str], options: ServerOptions) -> T:
+    if len(body) <= LONG_BODY:
+        return parse(body, struct_type, refused, options.max_json_depth)
+    return await asyncio.to_thread(parse, body, struct_type, refused, options.max_json_depth)
+
+
+def parse(body: bytes, struct_type: type[T], refused: Mapping[str, str], max_depth: int) -> T:
+    """Bytes to struct. Raises `BadField`."""
+    fields = _decode(body, max_depth)
+    if not isinstance(fields, dict):
+        raise BadField(None, "the body must be a JSON object")
+    known = [field.encode_name for field in msgspec.structs.fields(struct_type)]  # type: ignore[arg-type]
+    for name in [name for name in fields if name not in known]:
+        if name not in refused:
+            raise BadField(name, f"unknown field {name[:64]!r}{did_you_mean(name[:64], [*known, *refused])}", "unknown_field")
+        if fields.pop(name) is not None:
+            raise BadField(name, f"field {name!r} is not supported: {refused[name]}", "unsupported_field")
+    try:
+        return msgspec.convert(fields, struct_type)
+    except msgspec.ValidationError as error:
+        raise _as_bad_field(str(error)) from None
+
+
+def _decode(body: bytes, max_depth: int) -> Any:
+    """Twice: msgspec is strict about bytes and numbers, and only the standard library shows a key that comes twice."""
+    try:
+        fields = msgspec.json.decode(body)
+        _check_values(fields, max_depth)
+        json.loads(body, object_pairs_hook=_refuse_duplicates)
+    except RecursionError:
+        raise BadField(None, f"the body is nested deeper than max_json_depth={max_depth}", "too_deep") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+        detail = str(error) if isinstance(error, msgspec.DecodeError) else "it is not valid UTF-8 or holds an impossible number"
+        raise BadField(None, f"the body is not valid JSON: {detail}", "invalid_json") from None
+    return fields
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        name = next(name for name in names if names.count(name) > 1)
+        raise BadField(name, f"field {name[:64]!r} is given twice", "duplicate_field")
+
+
+def _check_values(root: Any, max_depth: int) -> None:
+    """Depth and integers, without recursion."""
+    level, depth = [root], 0
+    while level:
+        depth += 1
+        if depth > max_depth:
+            raise BadField(None, f"the body is nested deeper than max_json_depth={max_depth}", "too_deep")
+        below: list[Any] = []
+        for container in level:
+            for value in container.values() if type(container) is dict else container if type(container) is list else ():
+                if type(value) is int:
+                    if not -MAX_INT < value < MAX_INT:
+                        raise BadField(None, "the body holds an integer of more than 64 bits", "integer_out_of_range")
+                elif type(value) is dict or type(value) is list:
+                    below.append(value)
+        level = below
+
+
+def _as_bad_field(message: str) -> BadField:
+    """ "Expected `int`, got `str` - at `$.max_tokens`" names its field."""
+    text, _, path = message.partition(" - at `")
+    path = path.rstrip("`").removeprefix("$").removeprefix(".")
+    missing = re.search(r"(?:required|unknown) field `([^`]*)`", text)
+    if missing:
+        path = f"{path}.{missing[1]}" if path else missing[1]
+    return BadField(path or None, f"{path}: {text}" if path and not missing else text)

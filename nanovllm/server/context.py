@@ -1,0 +1,363 @@
+"""Server: what the endpoint modules stand on. Reading a body, running a request, answering as a whole or as a stream.
+
+    struct = await server.read(request, CompletionRequest, refused={"suffix": "..."})
+    stream = server.submit(request, prompt, params)
+    output = await server.collect(request, stream)         # or: return server.sse(request, events)
+
+Whatever ends a request early (client gone, deadline, shutdown) cancels its work, which closes its stream, which aborts it
+in the engine. Knows no endpoint; read next: `admission.py`, `app.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from itertools import count
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nanovllm.outputs import GenerationOutput
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.server.admission import Admission, Ticket, queue_timed_out
+from nanovllm.server.auth import Key
+from nanovllm.server.body import parse_body, read_body
+from nanovllm.server.errors import BadField, ClientGone, DeadlineExceeded, HttpError, Unavailable, error_event
+from nanovllm.server.grammars import Grammars
+from nanovllm.server.metrics import Metrics, Snapshot
+from nanovllm.server.options import ServerOptions
+from nanovllm.server.shared import PERIOD_S, SharedFolder
+
+if TYPE_CHECKING:
+    from nanovllm.engine.async_engine import AsyncEngine
+
+T = TypeVar("T")
+DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"  # of the embedded model
+LIVE_LIMITS = ("max_queued_requests", "queue_timeout_s", "request_timeout_s")  # an admin may change them
+MAX_PRIORITY = 1000  # of a request, either way; a key's class outweighs it
+
+
+class Server:
+    """One per front-end process: `request.app.state.server`."""
+
+    def __init__(self, engine: AsyncEngine, options: ServerOptions, *, shared: SharedFolder | None = None) -> None:
+        """`shared`: where several front ends meet; each then has its part of the limits."""
+        facts = engine.facts
+        self.engine, self.options = engine, options
+        self.limits = options  # those of now: an admin may have changed some
+        self.model_name = options.served_model_name or facts.model or DEFAULT_MODEL_NAME
+        self.started_at = int(time.time())
+        self.metrics = Metrics(facts.max_model_len)
+        self.is_draining = False
+        self.on_drain: Callable[[], None] | None = None  # set by whoever runs the process
+        self.num_open = 0  # HTTP requests that a drain waits for
+        self._share = 1 / options.num_frontends if shared else 1.0
+        self.admission = Admission(capacity=_capacity(facts.max_num_seqs, self._share), max_queued=0, share=self._share)
+        self._shared = shared
+        self._use_limits(options)
+        if shared is not None and (before := shared.predecessor()) is not None:
+            self.metrics.counts.add(before)
+        self._stopping: asyncio.Future[None] | None = None  # done: what is open ends with an error
+        self._numbers = count()
+        self.grammars = Grammars(engine, options)
+
+    def close(self) -> None:
+        """Let go of what outlives a request. Idempotent."""
+        self.grammars.close()
+
+    # --- in
+
+    async def read(self, request: Request, struct_type: type[T], refused: Mapping[str, str]) -> T:
+        """The body as a struct. Raises `BadField` (400), or 408 and 413.
+
+        `refused`: field -> why it is not supported; allowed only where it is null. Unknown fields are errors.
+        """
+        body = await read_body(request, self.options)
+        return await parse_body(body, struct_type, refused, self.options)
+
+    # --- the work
+
+    async def submit(
+        self,
+        request: Request,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        request_id: str | None = None,
+    ) -> AsyncIterator[GenerationOutput]:
+        """Through admission into the engine; yields the live output whenever it has grown. Closing it aborts.
+
+        Errors of the door are raised by the first step: `RequestError`, `QueueFull` (429), `Unavailable` (503).
+        """
+        key = self.key_of(request)
+        name = request_id or f"{request.state.request_id}-{next(self._numbers)}"
+        ticket = self._enter(key, priority, params.n, self._most_tokens(prompt, params))
+        record = self.metrics.begin(params)
+        request.state._state.setdefault("records", []).append(record)
+        late = _QueueTimer(self, ticket, name)
+        error: BaseException | None = None
+        try:
+            if ticket.turn is not None:
+                await ticket.turn
+            stream = self.engine.generate(
+                prompt,
+                params,
+                request_id=name,
+                priority=self._engine_priority(key, priority),
+                cache_salt=self.salt(key, cache_salt),
+            )
+            async with aclosing(stream):  # type: ignore[type-var]
+                async for output in stream:
+                    late.stop()
+                    record.grew(output)
+                    yield output
+            if late.error is not None:
+                raise late.error
+        except (GeneratorExit, asyncio.CancelledError):
+            raise
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
+            late.stop()
+            self.admission.leave(ticket, record.ended(error))
+
+    async def embed(
+        self,
+        request: Request,
+        prompt: str | list[int],
+        pooling: str = "mean",
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> Any:
+        """`AsyncEngine.embed` through the same admission. Use it inside of `run`."""
+        key = self.key_of(request)
+        name = f"{request.state.request_id}-{next(self._numbers)}"
+        ticket = self._enter(key, priority, 1, len(prompt))
+        used = 0
+        try:
+            if ticket.turn is not None:
+                await ticket.turn
+            result = await self.engine.embed(
+                prompt,
+                pooling,
+                request_id=name,
+                priority=self._engine_priority(key, priority),
+                cache_salt=self.salt(key, cache_salt),
+            )
+            used = result.num_prompt_tokens
+            return result
+        finally:
+            self.admission.leave(ticket, used)
+
+    async def run(self, request: Request, work: Awaitable[T]) -> T:
+        """The result of `work`, unless the client leaves, the deadline passes or the server stops: then it is cancelled.
+
+        Raises `ClientGone`, `DeadlineExceeded` (504), `Unavailable` (503).
+        """
+        task = asyncio.ensure_future(work)
+        gone, stopping = self._gone(request), self._stop_signal()
+        limit = self.limits.request_timeout_s
+        remaining = request.state.arrived + limit - time.monotonic() if limit else None
+        try:
+            await asyncio.wait({task, gone, stopping}, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            if gone.done():
+                raise ClientGone
+            if stopping.done():
+                raise Unavailable("the server is shutting down", 1, "shutting_down")
+            raise DeadlineExceeded(limit)
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+
+    # --- out
+
+    async def collect(self, request: Request, stream: AsyncIterator[GenerationOutput]) -> GenerationOutput:
+        """Run a stream to its end and return the finished output; see `run` for what ends it early."""
+        return await self.run(request, _last(stream))
+
+    def sse(self, request: Request, events: AsyncIterator[bytes]) -> Response:
+        """A `text/event-stream` of ready-made events. Errors before the first event get their own status; later ones
+        become a last event. A client that reads slowly slows `events` down; one that is gone closes it."""
+        return EventStream(self, request, events)
+
+    # --- helpers
+
+    def key_of(self, request: Request) -> Key:
+        return request.state.key
+
+    def salt(self, key: Key, cache_salt: str | None) -> str:
+        """Requests share cached prefixes only within one key, and there only with the same `cache_salt`."""
+        own = "" if self.options.share_prefix_cache else key.salt
+        return f"{own}:{cache_salt or ''}" if own or cache_salt else ""
+
+    # --- the process
+
+    def begin_drain(self) -> None:
+        """No new requests from now on. Idempotent."""
+        if not self.is_draining:
+            self.is_draining = True
+            if self.on_drain is not None:
+                self.on_drain()
+
+    def all_counts(self) -> Snapshot:
+        """Those of all front ends: this one's are of now, the others' at most a second old."""
+        counts = msgspec.msgpack.decode(msgspec.msgpack.encode(self.metrics.counts), type=Snapshot)  # a deep copy
+        counts.gauges = {"requests_open": self.num_open, "requests_queued": self.admission.num_waiting}
+        for other in self._shared.others() if self._shared is not None else ():
+            counts.add(other)
+        return counts
+
+    def check_limits(self, changes: Mapping[str, Any]) -> ServerOptions:
+        """The limits with these changes. Raises `ConfigError`."""
+        return replace(self.limits, **changes)
+
+    def share_limits(self, limits: ServerOptions) -> None:
+        """Use them from now on, here and in the other front ends."""
+        self._use_limits(limits)
+        if self._shared is not None:
+            self._shared.write_limits({name: getattr(limits, name) for name in LIVE_LIMITS})
+
+    async def keep_in_step(self) -> None:
+        """With other front ends, forever."""
+        while self._shared is not None:
+            counts = self.metrics.counts
+            counts.gauges = {"requests_open": self.num_open, "requests_queued": self.admission.num_waiting}
+            self._shared.write_counts(counts)
+            changes = self._shared.changed_limits()
+            if changes is not None:
+                self._use_limits(self.check_limits(changes))
+            await asyncio.sleep(PERIOD_S)
+
+    def _use_limits(self, limits: ServerOptions) -> None:
+        self.limits = limits
+        self.admission.max_queued = math.ceil(limits.max_queued_requests * self._share)
+
+    def stop_open_requests(self) -> None:
+        """End what is open with an error: the drain has lasted long enough."""
+        if not self._stop_signal().done():
+            self._stop_signal().set_result(None)
+
+    def _enter(self, key: Key, priority: int, weight: int, tokens: int) -> Ticket:
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+            raise BadField("priority", f"priority={priority!r} must be a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}")
+        try:
+            return self.admission.enter(key, priority, weight, tokens)
+        except HttpError as error:
+            self.metrics.refused(error.code or "")
+            raise
+
+    def _most_tokens(self, prompt: str | list[int], params: SamplingParams) -> int:
+        """What a key's quota reserves until the true number is known."""
+        room = self.engine.facts.max_model_len
+        num_prompt_tokens = len(prompt) // 4 if isinstance(prompt, str) else len(prompt)
+        return min(num_prompt_tokens, room) + params.n * min(params.max_tokens or room, room)
+
+    def _engine_priority(self, key: Key, priority: int) -> int:
+        """One number for the engine's own policy: the key's class first."""
+        return key.priority * (2 * MAX_PRIORITY + 1) + priority
+
+    def _stop_signal(self) -> asyncio.Future[None]:
+        if self._stopping is None:
+            self._stopping = asyncio.get_running_loop().create_future()
+        return self._stopping
+
+    def _gone(self, request: Request) -> asyncio.Future[None]:
+        """Done when the client has closed the connection. One watcher per request; the body must have been read."""
+        state = request.state._state
+        if "gone" not in state:
+            state["gone"] = asyncio.ensure_future(_until_disconnect(request))
+        return state["gone"]
+
+
+class EventStream(Response):
+    """See `Server.sse`."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, server: Server, request: Request, events: AsyncIterator[bytes]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # a proxy must pass events on at once
+        super().__init__(None, headers=headers)
+        del self.headers["content-length"]
+        self._server, self._request, self._events = server, request, events
+        self._has_begun = False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self._server.run(self._request, self._pump(send))
+        except ClientGone:
+            if not self._has_begun:
+                raise
+        except Exception as error:
+            if not self._has_begun:
+                raise
+            last = error_event(scope["path"], error, self._request.state.request_id)
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+        finally:
+            await self._events.aclose()  # type: ignore[attr-defined]
+
+    async def _pump(self, send: Any) -> None:
+        async for event in self._events:
+            if not self._has_begun:
+                self._has_begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        if not self._has_begun:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _QueueTimer:
+    """Ends a request that has no first token in time, whether it waits here or in the engine."""
+
+    def __init__(self, server: Server, ticket: Ticket, name: str) -> None:
+        self._server, self._ticket, self._name = server, ticket, name
+        self.error: HttpError | None = None
+        seconds = server.limits.queue_timeout_s
+        self._handle = asyncio.get_running_loop().call_later(seconds, self._expire) if seconds else None
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _expire(self) -> None:
+        server = self._server
+        self.error = queue_timed_out(server.limits.queue_timeout_s, server.admission.retry_after())
+        server.metrics.refused("queue_timeout")
+        if self._ticket.state == "waiting":
+            server.admission.expire(self._ticket, self.error)
+        else:
+            self._abort = asyncio.ensure_future(server.engine.abort(self._name))  # kept: a task without owner may vanish
+
+
+async def _last(stream: AsyncIterator[GenerationOutput]) -> GenerationOutput:
+    output = None
+    async with aclosing(stream):  # type: ignore[type-var]
+        async for grown in stream:
+            output = grown
+    if output is None:
+        raise RuntimeError("the engine ended a request without an output")
+    return output
+
+
+async def _until_disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _capacity(max_num_seqs: int, share: float) -> int:
+    """What the engine runs at once, and a quarter more: its next ones are there when places become free."""
+    return max(1, round((max_num_seqs + max(4, max_num_seqs // 4)) * share))

@@ -1,0 +1,61 @@
+"""The seam of structured output: a `Grammar` compiles what a user asks for, a `Matcher` follows one sequence.
+
+A matcher belongs to its sequence, on the control plane: it survives a preemption, because the tokens that it has read
+do. Before a token is drawn it says which tokens may come; afterwards the scheduler tells it which one came. A batch
+carries the matchers of the chunks that draw under a grammar, and the model runner asks them for their masks once the
+forward pass is under way, so that a GPU hides the work. Today's one backend is `llguidance_backend.py`.
+Knows no tensors, no requests and no scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from nanovllm.sampling_params import StructuredOutput
+
+BITS = 32  # tokens per word of a mask
+
+
+class Matcher(Protocol):
+    """One sequence's place in a grammar. Nothing here raises: what goes wrong is told by the next `accept`."""
+
+    error: str | None  # what went wrong
+
+    def fill_mask(self, mask: np.ndarray) -> None:
+        """Set the bits of the tokens that may come next: [num_mask_words] int32, zeros before."""
+        ...
+
+    def accept(self, token_id: int) -> str | None:
+        """Take the drawn token. Returns the reason for the sequence to end here, if there is one.
+
+        "stop": the text is complete and nothing can follow it, or this token ends it. "error": the matcher has failed.
+        """
+        ...
+
+
+Matchers = Mapping[int, Matcher]  # by the sample that has to follow them
+
+
+class Grammar(Protocol):
+    def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> Matcher:
+        """A matcher at the beginning of a text. Raises `InvalidGrammar`.
+
+        `can_end_early=False`: do not offer an end token where the text could also go on (`ignore_eos`).
+        """
+        ...
+
+
+def num_mask_words(vocab_size: int) -> int:
+    return -(-vocab_size // BITS)
+
+
+def fill_masks(matchers: Iterable[Matcher], vocab_size: int) -> np.ndarray:
+    """[number of matchers, num_mask_words] int32; token t is allowed if bit t % 32 of word t // 32 is set."""
+    matchers = list(matchers)
+    masks = np.zeros((len(matchers), num_mask_words(vocab_size)), dtype=np.int32)
+    for matcher, mask in zip(matchers, masks):
+        matcher.fill_mask(mask)
+    return masks

@@ -1,0 +1,187 @@
+"""Grammars by llguidance: an Earley parser over a lexer of derivatives, which needs no compilation worth the name.
+
+Owns the translation of `StructuredOutput` into its languages, its limits, and how it sees a vocabulary. Bytes of the
+tokens come from our own tokenizer, so that a grammar and the text that a user receives cannot disagree. Compiling takes
+about a millisecond, a mask ten microseconds to a few milliseconds (docs/structured-output.md has the measurements). It
+is an optional extra: it is imported when the first request with a grammar comes. Knows nothing of sequences.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from nanovllm.errors import InvalidGrammar
+from nanovllm.sampling_params import StructuredOutput
+from nanovllm.structured.base import BITS, num_mask_words
+from nanovllm.structured.limits import check_limits
+from nanovllm.tokenizer import Tokenizer
+
+MAX_LEXER_STATES = 50_000  # of one sequence, 1 to 2 kB each
+MAX_COMPILED = 64  # grammars kept for the next request with the same one
+MAX_MESSAGE_LENGTH = 400  # characters of a compiler's message
+# A grammar that is ambiguous enough makes each mask slower than the one before. Processor time, seconds:
+MASK_SECONDS_AT_ONCE = 1.0
+MASK_SECONDS_PER_TOKEN = 0.01
+# Between the parts of a JSON text. Without a limit small models write newlines until their tokens are used up.
+JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+
+
+class LLGuidanceMatcher:
+    def __init__(self, inner: Any, end_token_ids: Sequence[int], can_end_early: bool) -> None:
+        self.error: str | None = None
+        self._inner = inner
+        self._end_token_ids = end_token_ids
+        self._can_end_early = can_end_early
+        self._seconds_left = MASK_SECONDS_AT_ONCE
+
+    def fork(self, can_end_early: bool) -> LLGuidanceMatcher:
+        """The same place, to go on independently."""
+        return LLGuidanceMatcher(self._inner.deep_copy(), self._end_token_ids, can_end_early)
+
+    def fill_mask(self, mask: np.ndarray) -> None:
+        started = time.thread_time()
+        try:
+            self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            self._check(mask, time.thread_time() - started)
+        except BaseException as error:  # also a panic, which is no Exception: it ends a sequence, not the engine
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            self._fail(f"the grammar engine failed: {error!r}")
+        if self.error is not None:
+            mask[:] = 0
+            self._add_ends(mask)  # so that what is drawn, and then refused, is no text
+        elif not self._can_end_early:
+            self._drop_ends(mask)
+
+    def accept(self, token_id: int) -> str | None:
+        if self.error is not None:
+            return "error"
+        self._seconds_left += MASK_SECONDS_PER_TOKEN
+        if token_id in self._end_token_ids and self._inner.is_accepting():
+            return "stop"
+        if not self._inner.consume_token(token_id):
+            self._fail(_first_part(self._inner.get_error()))
+            return "error"
+        return "stop" if self._inner.is_stopped() else None
+
+    def _check(self, mask: np.ndarray, seconds: float) -> None:
+        self._seconds_left -= seconds
+        if self._inner.is_error():
+            self._fail(_first_part(self._inner.get_error()))
+        elif not mask.any():
+            self._fail("no token fits here")
+        elif self._seconds_left < 0:
+            self._fail("it is too ambiguous: finding the next tokens takes too long")
+
+    def _fail(self, message: str) -> None:
+        self.error = self.error or message
+
+    def _add_ends(self, mask: np.ndarray) -> None:
+        for token_id in self._end_token_ids:
+            mask[token_id // BITS] |= np.uint32(1 << token_id % BITS).view(np.int32)
+
+    def _drop_ends(self, mask: np.ndarray) -> None:
+        """Unless nothing else is possible."""
+        without = mask.copy()
+        for token_id in self._end_token_ids:
+            without[token_id // BITS] &= ~np.uint32(1 << token_id % BITS).view(np.int32)
+        if without.any():
+            mask[:] = without
+
+
+class LLGuidanceGrammar:
+    """Of one model: its vocabulary, and the tokens that end a text."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._end_token_ids = tuple(end_token_ids)
+        self._compiled: OrderedDict[StructuredOutput, LLGuidanceMatcher] = OrderedDict()
+
+    def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> LLGuidanceMatcher:
+        """Raises `InvalidGrammar`, with the compiler's words."""
+        if structured not in self._compiled:
+            check_limits(structured)
+            self._compiled[structured] = self._compile(structured)
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(structured)
+        return self._compiled[structured].fork(can_end_early)
+
+    def _compile(self, structured: StructuredOutput) -> LLGuidanceMatcher:
+        library, vocabulary = self._library, self._vocabulary
+        limits = library.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        try:
+            inner = library.LLMatcher(vocabulary, _translate(structured, library), log_level=0, limits=limits)
+        except Exception as error:
+            raise InvalidGrammar(f"{structured.kind}: {_first_part(str(error))}") from None
+        if inner.is_error():
+            raise InvalidGrammar(f"{structured.kind}: {_first_part(inner.get_error())}")
+        matcher = LLGuidanceMatcher(inner, self._end_token_ids, can_end_early=True)
+        first = matcher.fork(can_end_early=True)
+        first.fill_mask(np.zeros(num_mask_words(self._vocab_size), dtype=np.int32))
+        if first.error is not None:
+            raise InvalidGrammar(f"{structured.kind}: {first.error}")
+        return matcher
+
+    @cached_property
+    def _library(self) -> Any:
+        try:
+            import llguidance
+        except ImportError:
+            raise InvalidGrammar("structured output needs llguidance: pip install 'nanovllm[grammar]'") from None
+        return llguidance
+
+    @cached_property
+    def _vocabulary(self) -> Any:
+        """A tenth of a second for 49,000 tokens."""
+        if not self._end_token_ids:
+            raise InvalidGrammar("structured output needs a model with a token that ends a text")
+        view = _VocabularyView(self._tokenizer, self._vocab_size, self._end_token_ids)
+        wrapper = self._library.TokenizerWrapper(view)
+        return self._library.LLTokenizer(wrapper, n_vocab=self._vocab_size, eos_token=list(self._end_token_ids))
+
+
+class _VocabularyView:
+    """What llguidance's TokenizerWrapper reads. Special tokens are listed, so that no text can spell them."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self.bos_token_id = tokenizer.bos_token_id
+        self.eos_token_id = end_token_ids[0]
+        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
+        special = {*tokenizer.special_token_ids, *end_token_ids}
+        self.special_token_ids = sorted(token_id for token_id in special if token_id < vocab_size)
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """Where only one text is possible, the model gets the tokens that it would have been trained on."""
+        return self._tokenizer.encode_literally(text if isinstance(text, str) else text.decode())
+
+
+def _translate(structured: StructuredOutput, library: Any) -> str:
+    """llguidance's own notation."""
+    matcher = library.LLMatcher
+    if structured.kind == "regex":
+        return matcher.grammar_from_regex(structured.text)
+    if structured.kind == "choice":
+        return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in structured.choices))
+    if structured.kind == "grammar":
+        return library.grammar_from("grammar", structured.text)
+    schema = structured.text if structured.kind == "json_schema" else '{"type": "object"}'
+    # Overrides, because a schema may carry options, and a lenient compiler ignores what it does not know.
+    return matcher.grammar_from_json_schema(schema, overrides={"lenient": False, "whitespace_pattern": JSON_WHITESPACE})
+
+
+def _first_part(message: str) -> str:
+    """Without llguidance's dump of its state."""
+    text = message.split("\n<state>")[0].split("\n<non-verbose/>")[0].strip()
+    if text == "NoExtensionBias":
+        return "no text satisfies it"
+    return text if len(text) <= MAX_MESSAGE_LENGTH else text[:MAX_MESSAGE_LENGTH] + " ..."
