@@ -24,7 +24,7 @@ FULL = {
     "model": "Qwen/Qwen3-0.6B",
     "options": ["--max-model-len", "8192"],
     "gpus": 1,
-    "keys": {"api": "one,two", "admin": "root", "metrics": "three"},
+    "keys": {"api": "one-long-key,another-one", "admin": "root-of-all", "metrics": "for-metrics"},
     "cache": {"existingClaim": "models"},
     "autoscaling": {"enabled": True},
     "podMonitor": {"enabled": True},
@@ -109,10 +109,10 @@ def test_the_queue_scales_the_deployment(tmp_path):
 @needs_helm
 def test_keys_come_from_a_secret_and_never_from_arguments(tmp_path):
     documents = render(FULL, tmp_path)
-    assert documents["Secret"]["stringData"]["NANOVLLM_API_KEYS"] == "one,two,three"
+    assert documents["Secret"]["stringData"]["NANOVLLM_API_KEYS"] == "one-long-key,another-one,for-metrics"
     (container,) = documents["Deployment"]["spec"]["template"]["spec"]["containers"]
     assert container["envFrom"] == [{"secretRef": {"name": documents["Secret"]["metadata"]["name"]}}]
-    assert not set(container["args"]) & {"one", "two", "one,two", "root"}
+    assert not set(container["args"]) & {"one-long-key", "one-long-key,another-one", "root-of-all"}
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1 and container["image"] == "nanovllm:cuda"
     assert "Secret" not in render(KEDA, tmp_path)
     assert "--insecure" in render(SMALL, tmp_path)["Deployment"]["spec"]["template"]["spec"]["containers"][0]["args"]
@@ -123,9 +123,10 @@ def test_keys_come_from_a_secret_and_never_from_arguments(tmp_path):
     ("values", "message"),
     [
         ({}, "set keys.api or keys.existingSecret"),
-        ({"keys": {"api": "x"}, "replica": 2}, "replica"),
-        ({"keys": {"api": "x"}, "gpus": "one"}, "gpus"),
-        ({"keys": {"api": "x"}, "autoscaling": {"enabled": True, "kind": "keda"}}, "needs autoscaling.prometheusUrl"),
+        ({"keys": {"api": "short"}}, "api"),
+        ({"keys": {"api": "a-long-key"}, "replica": 2}, "replica"),
+        ({"keys": {"api": "a-long-key"}, "gpus": "one"}, "gpus"),
+        ({"keys": {"api": "a-long-key"}, "autoscaling": {"enabled": True, "kind": "keda"}}, "needs autoscaling.prometheusUrl"),
     ],
 )
 def test_wrong_values_are_refused(values, message, tmp_path):

@@ -20,7 +20,7 @@ from nanovllm.server.prompts import plain_messages, plain_tools, render
 from nanovllm.server.protocol import ChatMessage, NamedToolChoice, Template
 from nanovllm.server.reasoning import detect_reasoning, prompt_opens_reasoning
 from nanovllm.server.streaming import Delta
-from nanovllm.server.tool_formats import TOOL_FORMATS, describe_tools, detect_tool_format, tool_choice_constraint
+from nanovllm.server.tool_formats import TOOL_FORMATS, describe_tools, detect_tool_format, spell_out_calls, tool_choice_constraint
 from nanovllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -166,6 +166,8 @@ async def begin_conversation(
     shown = tools
     if tools and "tools" not in (template or ""):
         plain, shown = _with_tools_described(plain, tools), None
+    if "tool_calls" not in (template or ""):
+        plain = spell_out_calls(plain)
     prompt = await render(server, plain, body, shown, variables)
     return Conversation(
         prompt=prompt,

@@ -17,6 +17,7 @@ from nanovllm.sampling_params import StructuredOutput
 from nanovllm.server.call_reader import NAME
 
 MAX_DEPTH = 64  # of a tool's parameters
+MAX_PARALLEL_CALLS = 16  # that a grammar allows; without a bound a small model repeats itself until its tokens end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,24 @@ def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def spell_out_calls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose calls and results are text in the hermes format, for templates that read neither."""
+    return [_spell_out(message) for message in messages]
+
+
+def _spell_out(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content") or ""
+    if message.get("role") == "tool":
+        return {**message, "content": f"<tool_response>\n{content}\n</tool_response>"}
+    parts = [content] if content else []
+    for call in message.get("tool_calls") or ():
+        arguments = call["function"].get("arguments") or {}
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        name = json.dumps(call["function"]["name"], ensure_ascii=False)
+        parts.append(f'<tool_call>\n{{"name": {name}, "arguments": {text}}}\n</tool_call>')
+    return {**message, "content": "\n".join(parts)}
+
+
 # --- tool_choice
 
 
@@ -117,8 +136,9 @@ def tool_choice_constraint(
         return StructuredOutput("grammar", _hermes_grammar(_any_call(functions, key, "#"), may_repeat))
     if tool_format == "llama3_json":
         return StructuredOutput("json_schema", json.dumps(_any_call(functions, key, "#") | _COMPACT))
-    calls = {"type": "array", "items": _any_call(functions, key, "#/items"), "minItems": 1}
-    return StructuredOutput("json_schema", json.dumps(calls | ({} if may_repeat else {"maxItems": 1}) | _COMPACT))
+    num_calls = {"minItems": 1, "maxItems": MAX_PARALLEL_CALLS if may_repeat else 1}
+    calls = {"type": "array", "items": _any_call(functions, key, "#/items"), **num_calls, **_COMPACT}
+    return StructuredOutput("json_schema", json.dumps(calls))
 
 
 # No free whitespace: a small model under a grammar can write it without end.
@@ -150,7 +170,7 @@ def _chosen_name(tool_choice: Any) -> str | None:
 
 def _hermes_grammar(call: dict[str, Any], may_repeat: bool) -> str:
     """In llguidance's dialect of Lark, where `%json` stands for a schema."""
-    more = ' ("\\n" section)*' if may_repeat else ""
+    more = f' ("\\n" section){{0,{MAX_PARALLEL_CALLS - 1}}}' if may_repeat else ""
     schema = json.dumps(call | _COMPACT)
     return f'start: section{more}\nsection: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {schema}\n'
 
