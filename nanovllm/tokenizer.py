@@ -66,7 +66,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """`add_special_tokens` puts around the text what the model expects there (a bos token, say)."""
         _check_text(text, "the text")
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)  # lets other threads run;
+        return batch[0].ids  # the library's `encode` does not
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """The same for many texts, on all cores."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 from support import VOCAB_SIZE, make_engine
 
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.errors import ConfigError, EngineDead
+from nanovllm.errors import EngineDead
 from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -54,7 +54,7 @@ class FakeAsyncEngine:
         self.llm_engine: LLMEngine = make_engine(num_steps_ahead=0, **options)
         blocks = self.llm_engine.scheduler.block_manager
         self.facts = FakeFacts(
-            max_model_len=self.llm_engine._door._longest_sequence,
+            max_model_len=self.llm_engine.max_model_len,
             block_size=blocks.block_size,
             num_kv_blocks=blocks.num_blocks,
             max_num_seqs=options.get("max_num_seqs", 8),
@@ -63,6 +63,7 @@ class FakeAsyncEngine:
         self.is_alive = True
         self.is_paused = False
         self.num_steps = 0
+        self.trace = ""  # path that `profile` returns
         self._waiters: dict[str, asyncio.Event] = {}
         self._dead: asyncio.Future[BaseException] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -115,11 +116,10 @@ class FakeAsyncEngine:
         }
 
     async def set_limits(self, **limits: Any) -> dict[str, Any]:
-        if set(limits) - {"max_num_seqs", "max_num_batched_tokens", "max_prompt_chunk", "watermark"}:
-            raise ConfigError(f"unknown limit among {sorted(limits)}")
-        return limits
+        return asdict(self.llm_engine.scheduler.set_limits(**limits))
 
     async def reset_prefix_cache(self) -> bool:
+        self.llm_engine.scheduler.block_manager.reset_prefix_cache()
         return True
 
     async def inspect(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class FakeAsyncEngine:
 
     async def profile(self, seconds: float) -> str:
         await asyncio.sleep(seconds)
-        return "/private/trace.json"
+        return self.trace
 
     async def wait_dead(self) -> BaseException:
         return await self._death()

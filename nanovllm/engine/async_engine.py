@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
@@ -27,7 +27,7 @@ import msgspec
 from nanovllm.config import EngineConfig
 from nanovllm.engine.connection import EngineChild, EngineConnection, check_somebody_listens, spawn_engine
 from nanovllm.engine.detokenizer import IncrementalDetokenizer, StopStrings
-from nanovllm.engine.door import Bounds, CheckedRequest, Door, Prompt
+from nanovllm.engine.door import POOLINGS, Bounds, CheckedRequest, Door, Prompt
 from nanovllm.engine.messages import Abort, AddRequest, Answer, Call, EngineFacts, Hello, LastWords, Outputs, Ready
 from nanovllm.errors import EngineDead, InvalidSamplingParams, NanoVllmError, PromptTooLong, RequestError
 from nanovllm.log import logger, show_log_unless_configured
@@ -35,10 +35,9 @@ from nanovllm.outputs import CompletionOutput, EmbeddingOutput, GenerationOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer import Tokenizer
 
-DEFAULT_BUILDER = "nanovllm.engine.engine_process:build"
-LONG_TEXT = 4096  # characters; longer texts are tokenised in a thread
+DEFAULT_BUILDER = "nanovllm.engine.engine_main:build"
+LONG_TEXT = 1024  # characters; longer texts are tokenised in a thread
 MANY_BAD_WORDS = 8
-POOLINGS = ("mean", "last")
 
 Result = TypeVar("Result")
 
@@ -204,7 +203,7 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> AsyncIterator[GenerationOutput]:
+    ) -> AsyncGenerator[GenerationOutput, None]:
         """Complete one prompt. Yields the live output whenever it has grown; the last time it is `finished`.
 
         Raises `RequestError` or `CapacityError` before anything is sent, or when the engine refuses, and `EngineDead`.
@@ -223,7 +222,10 @@ class AsyncEngine:
     async def embed(
         self, prompt: Prompt, pooling: str = "mean", *, request_id: str | None = None, priority: int = 0, cache_salt: str = ""
     ) -> EmbeddingOutput:
-        """The final hidden states of a prompt as one vector: their "mean", or the "last" one. Errors as in `generate`."""
+        """The final hidden states of a prompt as one vector, not normalised: their "mean", or the "last" one.
+
+        Errors as in `generate`.
+        """
         if pooling not in POOLINGS:
             raise RequestError(f"pooling={pooling!r} is not one of {', '.join(POOLINGS)}")
         arrival_time = time.monotonic()

@@ -37,7 +37,7 @@ MAX_SOCKET_PATH = 100  # characters; the system's limit is 107
 MAX_MESSAGES_PER_TURN = 8  # then the consumers of what was received have their turn
 EXIT_SECONDS = 5.0  # that the engine process has to leave by itself
 LINGER_MS = 500  # that closing may take to deliver a goodbye
-BOOT = "import sys; sys.path[:] = sys.argv[2:]; from nanovllm.engine.engine_process import main; main(sys.argv[1])"
+BOOT = "import sys; sys.path[:] = sys.argv[2:]; from nanovllm.engine.engine_main import main; main(sys.argv[1])"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +121,10 @@ class EngineConnection:
         self._socket.setsockopt(zmq.SNDHWM, 0)  # what is sent is bounded by the requests that are open
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(address)
-        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._drain)
-        self._loop.add_reader(self._monitor.getsockopt(zmq.FD), self._on_disconnect)
+        self._loop.add_reader(self._socket.fileno(), self._drain)
+        self._loop.add_reader(self._monitor.fileno(), self._on_disconnect)
         self._is_open = True
+        self._on_disconnect()  # a descriptor signals only what comes after a look that found nothing
         if child is not None:  # also when the program ends without `close`, or forgets this object
             weakref.finalize(self, child.release)
 
@@ -202,9 +203,11 @@ class EngineConnection:
                 self.child.release()
 
     def _close_sockets(self) -> None:
+        if not self._is_open:
+            return
         self._is_open = False
         for a_socket in (self._socket, self._monitor):
-            self._loop.remove_reader(a_socket.getsockopt(zmq.FD))
+            self._loop.remove_reader(a_socket.fileno())
         self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close(linger=LINGER_MS)

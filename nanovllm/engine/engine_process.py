@@ -1,24 +1,16 @@
-"""The process that owns an `LLMEngine`: receive, step, send, until it is told to stop or its parent is gone.
+"""The loop around an `LLMEngine` in its own process: receive, step, send, until it is told to stop.
 
 Speaks token ids only; text is the business of the front ends, which may be several. One turn of the loop takes what has
 arrived, makes one step, and sends one message to each front end that the step concerns. A front end that does not
 read costs nothing but its own latency: what it has not taken is added to the next message. One that has gone is noticed
 when it is sent to, at least once a second, and its requests are aborted. A request that is refused is answered; a
-failure of the engine is told to every front end, and ends the process with status 1. Started by `async_engine.py`.
+failure of the engine is told to every front end, and ends the loop. `engine_main.py` is the process around it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import gc
-import importlib
-import json
-import os
-import select
-import shutil
-import signal
-import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -29,7 +21,6 @@ from typing import Any
 import msgspec
 import zmq
 
-from nanovllm.config import EngineConfig
 from nanovllm.engine.events import Event, SequencePreempted, StepCollected, StepDispatched
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.messages import (
@@ -54,16 +45,15 @@ from nanovllm.engine.messages import (
 )
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import NanoVllmError, RequestError
-from nanovllm.log import configure_logging, logger
+from nanovllm.log import logger
 from nanovllm.outputs import GenerationOutput
 from nanovllm.tokenizer import Tokenizer
 
 MAX_MESSAGES_PER_TURN = 256  # so that a flood of requests delays the running ones by milliseconds only
-SIGN_OF_LIFE_SECONDS = 1.0  # between two messages to a front end that has requests open
+SIGN_OF_LIFE_SECONDS = 1.0  # between two messages to a front end, at most
 RETRY_SECONDS = 0.02  # after a front end's queue was full
 MAX_STALL_SECONDS = 60.0  # without taking a message; then the front end's requests are aborted
 MAX_PROFILE_SECONDS = 60.0
-HELLO_SECONDS = 5.0  # to wait for somebody who can be told that the start has failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,29 +63,6 @@ class ServedEngine:
     engine: LLMEngine
     tokenizer: Tokenizer
     facts: EngineFacts
-
-
-def build(config: EngineConfig) -> ServedEngine:
-    """The builder of real engines."""
-    from nanovllm.llm import open_engine  # torch: with another builder this process does without
-
-    built, tokenizer = open_engine(config, speaks_text=False)
-    facts = EngineFacts(
-        model=config.model,
-        vocab_size=built.spec.vocab_size,
-        max_model_len=built.memory_plan.max_model_len,
-        block_size=built.memory_plan.block_size,
-        num_kv_blocks=built.memory_plan.num_blocks,
-        max_num_seqs=built.config.max_num_seqs,
-        eos_token_ids=built.eos_token_ids,
-        has_chat_template=tokenizer.chat_template is not None,
-        device=built.platform.describe(),
-        dtype=built.config.dtype,
-        memory_plan=built.memory_plan.describe(),
-        config=dataclasses.asdict(built.config),
-        pid=os.getpid(),
-    )
-    return ServedEngine(built.engine, tokenizer, facts)
 
 
 @dataclass(slots=True, eq=False)
@@ -209,7 +176,7 @@ class EngineProcess:
     def _receive(self) -> None:
         """Take what has arrived; without work to do, sleep until something does."""
         if not self._engine.has_work:
-            self._socket.poll(self._patience() * 1000)
+            self._socket.poll(int(self._patience() * 1000))
         for _ in range(MAX_MESSAGES_PER_TURN):
             try:
                 identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -218,9 +185,21 @@ class EngineProcess:
             try:
                 message = decode_for_engine(b"".join(frames))
             except (msgspec.DecodeError, NanoVllmError) as error:
-                logger.warning("a front end sent what is not a message, which is ignored: %s", error)
-                continue
-            self._take(identity, message)
+                self._reject(identity, b"".join(frames), error)
+            else:
+                self._take(identity, message)
+
+    def _reject(self, identity: bytes, payload: bytes, error: Exception) -> None:
+        """What is not a message of ours is ignored, but whoever waits for an answer gets one."""
+        logger.warning("a front end sent what is not a message: %s", error)
+        frontend = self._frontends.get(identity)
+        failure = Failure.of(RequestError(f"the engine process does not understand the request: {error}"))
+        with contextlib.suppress(msgspec.DecodeError):
+            match msgspec.msgpack.decode(payload):
+                case {"type": "add", "handle": int(handle)} if frontend:
+                    frontend.news().refused.append(Refused(handle, failure))
+                case {"type": "call", "call_id": int(call_id)} if frontend:
+                    frontend.news().answers.append(Answer(call_id, None, failure))
 
     def _patience(self) -> float:
         """Seconds that an idle loop may sleep."""
@@ -246,8 +225,9 @@ class EngineProcess:
             self._forget(frontend)
 
     def _welcome(self, identity: bytes) -> None:
-        self._frontends[identity] = Frontend(self._num_frontends, identity)
-        self._num_frontends += 1
+        if identity not in self._frontends:
+            self._frontends[identity] = Frontend(self._num_frontends, identity)
+            self._num_frontends += 1
         try:
             self._socket.send_multipart([identity, self._ready], zmq.NOBLOCK)
         except zmq.ZMQError:
@@ -317,7 +297,7 @@ class EngineProcess:
     def _send(self) -> None:
         now = time.monotonic()
         for frontend in list(self._frontends.values()):
-            if frontend.requests and now - frontend.sent_time > SIGN_OF_LIFE_SECONDS:
+            if now - frontend.sent_time >= SIGN_OF_LIFE_SECONDS:
                 frontend.news()
             if frontend.outputs is not None and now >= frontend.retry_time:
                 self._send_news(frontend, now)
@@ -457,61 +437,3 @@ def describe(sequence: Sequence) -> dict[str, Any]:
 
 def traceback_of(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, error.__traceback__))
-
-
-# --- the life of the process
-
-
-def main(builder: str) -> None:
-    """`builder`: "package.module:function", config to `ServedEngine`. The rest is a line of JSON on standard input."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and a service manager's SIGTERM go to the whole group, but the
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # parent decides: it may want to finish what runs. It tells us, or dies
-    start = json.loads(sys.stdin.buffer.readline())
-    folder = Path(start["folder"])
-    threading.Thread(target=die_with_parent, args=(folder, start["parent"]), name="die-with-parent", daemon=True).start()
-    configure_logging(start["log_level"])
-    context = zmq.Context()
-    socket = context.socket(zmq.ROUTER)
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to one who has gone is an error, not silence
-    socket.setsockopt(zmq.LINGER, 2000)
-    socket.bind(start["address"])
-    try:
-        run(builder, EngineConfig(**start["config"]), socket, folder)
-    finally:
-        socket.close()
-        context.term()
-
-
-def run(builder: str, config: EngineConfig, socket: zmq.Socket, folder: Path) -> None:
-    try:
-        module, _, name = builder.partition(":")
-        served = getattr(importlib.import_module(module), name)(config)
-        process = EngineProcess(served, socket, folder)
-    except BaseException as error:
-        refuse_to_start(socket, error)
-        sys.exit(1)
-    gc.collect()
-    gc.freeze()  # the model's objects live as long as the process: no collection need look at them
-    try:
-        process.serve()
-    except Exception:
-        sys.exit(1)  # the front ends have the traceback
-
-
-def refuse_to_start(socket: zmq.Socket, error: BaseException) -> None:
-    """Tell whoever says hello why there will be no engine."""
-    failure = Failure.of(error)
-    words = LastWords(failure, "" if isinstance(error, NanoVllmError) else traceback_of(error))
-    end_time = time.monotonic() + HELLO_SECONDS
-    while socket.poll(max(0.0, end_time - time.monotonic()) * 1000):
-        identity, *_ = socket.recv_multipart()
-        socket.send_multipart([identity, encode(words)])
-        end_time = min(end_time, time.monotonic() + 0.1)
-
-
-def die_with_parent(folder: Path, parent: int) -> None:
-    """Standard input is a pipe that the parent never writes to again: its end is the parent's end."""
-    while os.getppid() == parent and not select.select([sys.stdin], [], [], 1.0)[0]:
-        pass
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)

@@ -100,9 +100,10 @@ class LLMEngine:
         return self._requests[request_id].output
 
     def abort(self, request_id: str, index: int | None = None) -> GenerationOutput | None:
-        """End a request in whatever state it is. Returns what it has so far; None when it is unknown or finished.
+        """End a request, or (between two steps) only one of its completions, in whatever state it is.
 
-        `index`: only this one of its completions, between two steps. Called during a step (by a listener), it takes effect at the beginning of the next.
+        Returns what it has so far; None when it is unknown or finished. Called during a step (by a listener), it takes
+        effect at the beginning of the next.
         """
         request = self._requests.get(request_id)
         if request is None:

@@ -117,7 +117,7 @@ class Call(msgspec.Struct, tag="call"):
 
     call_id: int
     name: str
-    arguments: dict[str, str | int | float | None]
+    arguments: dict[str, Any]  # plain values: what they must be is the callee's to check
 
 
 class Goodbye(msgspec.Struct, tag="goodbye"):

@@ -66,7 +66,7 @@ async def set_limits(request: Request) -> Response:
         engine_limits = await server.engine.set_limits(**changes)
     except ConfigError as error:
         raise BadField(str(error).partition("=")[0], str(error)) from error
-    server.share_limits(limits)
+    server.share_limits(limits, engine_limits["max_num_seqs"])
     return json_response({**engine_limits, **{name: getattr(server.limits, name) for name in LIVE_LIMITS}})
 
 

@@ -14,7 +14,7 @@ import asyncio
 import heapq
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -69,6 +69,7 @@ class Admission:
         self._share, self._clock = share, clock
         self._heap: list[Ticket] = []
         self._numbers = count()
+        self._num_by_class: Counter[int] = Counter()  # waiting completions by their key's priority
         self._accounts: dict[str, Account] = {}
         self._served: deque[tuple[float, int]] = deque(maxlen=4096)
 
@@ -83,7 +84,7 @@ class Admission:
             self._make_place(ticket)
             ticket.turn = asyncio.get_running_loop().create_future()
             heapq.heappush(self._heap, ticket)
-            self.num_waiting += weight
+            self._count_waiting(ticket, weight)
         account = self._account(key)
         account.num_open += weight
         account.balance -= tokens
@@ -94,7 +95,7 @@ class Admission:
         if ticket.state == "left":
             return
         if ticket.state == "waiting":
-            self.num_waiting -= ticket.weight
+            self._count_waiting(ticket, -ticket.weight)
         else:
             self.num_running -= ticket.weight
             self._served.append((self._clock(), ticket.weight))
@@ -112,7 +113,7 @@ class Admission:
                 if not self._has_room(head.weight):
                     return
                 head.state = "running"
-                self.num_waiting -= head.weight
+                self._count_waiting(head, -head.weight)
                 self.num_running += head.weight
                 if head.turn is not None and not head.turn.done():
                     head.turn.set_result(None)
@@ -128,6 +129,10 @@ class Admission:
         rate = sum(weight for _, weight in self._served) / max(now - self._served[0][0], 1.0)
         return min(MAX_RETRY_S, max(1, math.ceil((self.num_waiting + 1) / rate)))
 
+    def _count_waiting(self, ticket: Ticket, change: int) -> None:
+        self.num_waiting += change
+        self._num_by_class[ticket.key.priority] += change
+
     def _has_room(self, weight: int) -> bool:
         return self.num_running + weight <= self.capacity or self.num_running == 0
 
@@ -135,11 +140,10 @@ class Admission:
         """A full queue refuses the newcomer, unless it is of a more urgent class than somebody who waits."""
         if self.num_waiting + ticket.weight <= self.max_queued:
             return
-        waiting = [other for other in self._heap if other.state == "waiting" and other.key.priority > ticket.key.priority]
         missing = self.num_waiting + ticket.weight - self.max_queued
-        if sum(other.weight for other in waiting) < missing:
+        if sum(number for priority, number in self._num_by_class.items() if priority > ticket.key.priority) < missing:
             raise QueueFull(f"{self.num_waiting} completions wait already (max_queued_requests)", self.retry_after())
-        for other in sorted(waiting, reverse=True):
+        for other in sorted((other for other in self._heap if other.state == "waiting"), reverse=True):
             if missing <= 0:
                 break
             missing -= other.weight

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import nanovllm
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.logprobs import TokenNames
-from nanovllm.server.prompts import check_model, check_request_id
+from nanovllm.server.prompts import check_request_id
 from nanovllm.server.streaming import Outputs
 
 if TYPE_CHECKING:
@@ -72,8 +72,6 @@ def begin(
     ]
 
 
-def token_names(server: Server, body: Any) -> TokenNames:
-    return TokenNames(server.engine.tokenizer, bool(getattr(body, "return_tokens_as_token_ids", None)))
-
-
-__all__ = ["Identity", "begin", "check_model", "fingerprint", "token_names"]
+def token_names(server: Server, body: Any, params: SamplingParams) -> TokenNames:
+    as_ids = bool(getattr(body, "return_tokens_as_token_ids", None))
+    return TokenNames(server.engine.tokenizer, as_ids, params.skip_special_tokens)

@@ -18,6 +18,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterable
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -99,6 +100,7 @@ class Gate:
 
     def __init__(self, app: Any, server: Server, owner: App) -> None:
         self.app, self.server, self.owner = app, server, owner
+        self._prefix, self._numbers = uuid.uuid4().hex[:12], count()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -106,7 +108,7 @@ class Gate:
             return
         scope["app"] = self.owner
         state = scope.setdefault("state", {})
-        state["arrived"], state["request_id"] = time.monotonic(), _request_id(scope["headers"])
+        state["arrived"], state["request_id"] = time.monotonic(), self._request_id(scope["headers"])
         counts = not scope["path"].startswith(("/admin/", *NEVER_REFUSED))
         self.server.num_open += counts
         status = 0
@@ -137,6 +139,13 @@ class Gate:
             error.headers["Connection"] = "close"
             raise error
         await self.app(scope, receive, send)
+
+    def _request_id(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
+        """The client's own x-request-id if it is harmless, else a new one."""
+        for name, value in headers:
+            if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+                return value.decode()
+        return f"req-{self._prefix}-{next(self._numbers)}"
 
     def _log(self, scope: Any, status: int) -> None:
         """One line of JSON: metadata only. A query string is not in it, because people put keys there."""
@@ -197,14 +206,6 @@ def _translated(error: Exception, scope: Any) -> Exception:
         return error
     what = {404: "there is no such route", 405: "this route does not take this method"}.get(error.status_code, error.detail)
     return HttpError(error.status_code, f"{what}: {scope['method']} {scope['path'][:200]}", headers=error.headers)
-
-
-def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """The client's own x-request-id if it is harmless, else a new one."""
-    for name, value in headers:
-        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
-            return value.decode()
-    return f"req-{uuid.uuid4().hex}"
 
 
 async def _decline(scope: Any, receive: Any, send: Any) -> None:

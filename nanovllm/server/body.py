@@ -70,7 +70,7 @@ def parse(body: bytes, struct_type: type[T], refused: Mapping[str, str], max_dep
     fields = _decode(body, max_depth)
     if not isinstance(fields, dict):
         raise BadField(None, "the body must be a JSON object")
-    known = [field.encode_name for field in msgspec.structs.fields(struct_type)]  # type: ignore[arg-type]
+    known: tuple[str, ...] = struct_type.__struct_encode_fields__  # type: ignore[attr-defined]
     for name in [name for name in fields if name not in known]:
         if name not in refused:
             raise BadField(name, f"unknown field {name[:64]!r}{did_you_mean(name[:64], [*known, *refused])}", "unknown_field")

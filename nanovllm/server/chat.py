@@ -116,7 +116,7 @@ class Answer:
         self, server: Server, body: ChatRequest, params: SamplingParams, identity: Identity, conversation: Conversation
     ) -> None:
         self._body, self._params, self._identity = body, params, identity
-        self._names = token_names(server, body)
+        self._names = token_names(server, body, params)
         self._readers = [TurnReader(conversation, server.engine.tokenizer) for _ in range(params.n)]
         self._has_reasoning = conversation.has_reasoning
         self._echo = _echo(body)

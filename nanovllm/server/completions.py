@@ -85,7 +85,7 @@ class Answer:
     ) -> None:
         self._body, self._params, self._identity = body, params, identity
         self._tokenizer = server.engine.tokenizer
-        self._names = token_names(server, body)
+        self._names = token_names(server, body, params)
         self._is_prompt_only = body.max_tokens == 0
         self._echoes = [self._echo(prompt, one) for prompt, one in zip(prompts, ids)]
 

@@ -58,12 +58,12 @@ class Server:
         self.on_drain: Callable[[], None] | None = None  # set by whoever runs the process
         self.num_open = 0  # HTTP requests that a drain waits for
         self._share = 1 / options.num_frontends if shared else 1.0
-        self.admission = Admission(capacity=_capacity(facts.max_num_seqs, self._share), max_queued=0, share=self._share)
+        self.admission = Admission(capacity=1, max_queued=0, share=self._share)
         self._shared = shared
-        self._use_limits(options)
+        self._use_limits(options, facts.max_num_seqs)
         if shared is not None and (before := shared.predecessor()) is not None:
             self.metrics.counts.add(before)
-        self._stopping: asyncio.Future[None] | None = None  # done: what is open ends with an error
+        self._stops: set[asyncio.Future[None]] = set()  # one for each `run`; done: it ends with an error
         self._numbers = count()
         self.grammars = Grammars(engine, options)
 
@@ -165,19 +165,21 @@ class Server:
         Raises `ClientGone`, `DeadlineExceeded` (504), `Unavailable` (503).
         """
         task = asyncio.ensure_future(work)
-        gone, stopping = self._gone(request), self._stop_signal()
+        gone, stop = self._gone(request), asyncio.get_running_loop().create_future()
+        self._stops.add(stop)
         limit = self.limits.request_timeout_s
         remaining = request.state.arrived + limit - time.monotonic() if limit else None
         try:
-            await asyncio.wait({task, gone, stopping}, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, gone, stop}, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             if gone.done():
                 raise ClientGone
-            if stopping.done():
+            if stop.done():
                 raise Unavailable("the server is shutting down", 1, "shutting_down")
             raise DeadlineExceeded(limit)
         finally:
+            self._stops.discard(stop)
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task})
@@ -224,11 +226,12 @@ class Server:
         """The limits with these changes. Raises `ConfigError`."""
         return replace(self.limits, **changes)
 
-    def share_limits(self, limits: ServerOptions) -> None:
-        """Use them from now on, here and in the other front ends."""
-        self._use_limits(limits)
+    def share_limits(self, limits: ServerOptions, max_num_seqs: int) -> None:
+        """Use them from now on, here and in the other front ends. `max_num_seqs`: the engine's new one."""
+        self._use_limits(limits, max_num_seqs)
         if self._shared is not None:
-            self._shared.write_limits({name: getattr(limits, name) for name in LIVE_LIMITS})
+            names = {name: getattr(limits, name) for name in LIVE_LIMITS}
+            self._shared.write_limits({**names, "max_num_seqs": max_num_seqs})
 
     async def keep_in_step(self) -> None:
         """With other front ends, forever."""
@@ -238,17 +241,21 @@ class Server:
             self._shared.write_counts(counts)
             changes = self._shared.changed_limits()
             if changes is not None:
-                self._use_limits(self.check_limits(changes))
+                max_num_seqs = int(changes.pop("max_num_seqs"))
+                self._use_limits(self.check_limits(changes), max_num_seqs)
             await asyncio.sleep(PERIOD_S)
 
-    def _use_limits(self, limits: ServerOptions) -> None:
+    def _use_limits(self, limits: ServerOptions, max_num_seqs: int) -> None:
         self.limits = limits
+        self.admission.capacity = _capacity(max_num_seqs, self._share)
+        self.admission.advance()
         self.admission.max_queued = math.ceil(limits.max_queued_requests * self._share)
 
     def stop_open_requests(self) -> None:
         """End what is open with an error: the drain has lasted long enough."""
-        if not self._stop_signal().done():
-            self._stop_signal().set_result(None)
+        for stop in self._stops:
+            if not stop.done():
+                stop.set_result(None)
 
     def _enter(self, key: Key, priority: int, weight: int, tokens: int) -> Ticket:
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
@@ -268,11 +275,6 @@ class Server:
     def _engine_priority(self, key: Key, priority: int) -> int:
         """One number for the engine's own policy: the key's class first."""
         return key.priority * (2 * MAX_PRIORITY + 1) + priority
-
-    def _stop_signal(self) -> asyncio.Future[None]:
-        if self._stopping is None:
-            self._stopping = asyncio.get_running_loop().create_future()
-        return self._stopping
 
     def _gone(self, request: Request) -> asyncio.Future[None]:
         """Done when the client has closed the connection. One watcher per request; the body must have been read."""

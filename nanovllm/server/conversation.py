@@ -7,6 +7,7 @@ into their protocol. Read next: `chat.py`, `responses.py`, `anthropic.py`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from nanovllm.server.prompts import plain_messages, plain_tools, render
 from nanovllm.server.protocol import ChatMessage, NamedToolChoice, Template
 from nanovllm.server.reasoning import detect_reasoning, prompt_opens_reasoning
 from nanovllm.server.streaming import Delta
-from nanovllm.server.tool_formats import TOOL_FORMATS, describe_tools, detect_tool_format, spell_out_calls, tool_choice_constraint
+from nanovllm.server.tool_formats import TOOL_FORMATS, describe_tools, detect_tool_format, tool_choice_constraint
 from nanovllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ async def begin_conversation(
     if tools and "tools" not in (template or ""):
         plain, shown = _with_tools_described(plain, tools), None
     if "tool_calls" not in (template or ""):
-        plain = spell_out_calls(plain)
+        plain = [_with_calls_written(message) for message in plain]
     prompt = await render(server, plain, body, shown, variables)
     return Conversation(
         prompt=prompt,
@@ -221,3 +222,13 @@ def _with_tools_described(messages: list[dict[str, Any]], tools: list[dict[str, 
     if messages and messages[0]["role"] == "system" and isinstance(messages[0]["content"], str):
         return [{**messages[0], "content": messages[0]["content"] + "\n\n" + text}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]
+
+
+def _with_calls_written(message: dict[str, Any]) -> dict[str, Any]:
+    """For templates that leave calls out: they stand in the text, as `describe_tools` teaches to write them."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    texts = [message["content"]] if message["content"] else []
+    texts += [f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>" for call in calls]
+    return {**{name: value for name, value in message.items() if name != "tool_calls"}, "content": "\n".join(texts)}

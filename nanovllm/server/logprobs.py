@@ -18,15 +18,20 @@ LOWEST = -9999.0  # JSON has no infinity
 class TokenNames:
     """Names of tokens for one answer."""
 
-    def __init__(self, tokenizer: Tokenizer, as_ids: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool, skip_special_tokens: bool) -> None:
         self._bytes_of = tokenizer.token_bytes
         self._as_ids = as_ids
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
 
     def name(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._as_ids else self.text(token_id)
 
     def text(self, token_id: int) -> str:
         return self._bytes_of(token_id).decode("utf-8", "replace")
+
+    def width(self, token_id: int) -> int:
+        """Characters that the token takes in a text."""
+        return 0 if token_id in self._skipped else len(self.text(token_id))
 
     def bytes(self, token_id: int) -> list[int]:
         return list(self._bytes_of(token_id))
@@ -47,7 +52,7 @@ def completion_logprobs(
     for token_id, position in zip(token_ids, positions):
         answer.tokens.append(names.name(token_id))
         answer.text_offset.append(offset)
-        offset += len(names.text(token_id))
+        offset += names.width(token_id)
         answer.token_logprobs.append(None if position is None else _finite(position.chosen))
         answer.top_logprobs.append(None if position is None else _top(names, position, max_top))
     return answer

@@ -151,7 +151,7 @@ def _success(operation: Operation) -> dict[str, Any]:
         return {"description": operation.summary, "content": {"text/plain": {"schema": {"type": "string"}}}}
     content = _content({"type": "object"} if operation.reply is None else _reference(operation.reply.__name__))
     if operation.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}
     return {"description": operation.summary, "content": content}
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from nanovllm.errors import InvalidChatTemplate
+from nanovllm.errors import InvalidChatTemplate, InvalidPrompt
 from nanovllm.server.errors import BadField, HttpError
 from nanovllm.server.protocol import ChatMessage, PromptFields, Template, Tool, ToolCall
 
@@ -68,6 +69,8 @@ async def encode_prompt(
     server: Server, prompt: str | list[int], body: PromptFields, room: int, special: bool = True
 ) -> list[int]:
     """The token ids of one prompt, truncated as asked. `room`: tokens that truncate_prompt_tokens=-1 leaves for the answer."""
+    if not prompt:
+        raise InvalidPrompt("the prompt is empty")
     if isinstance(prompt, str):
         add_special_tokens = special if body.add_special_tokens is None else body.add_special_tokens
         token_ids = await server.engine.encode(prompt, add_special_tokens)
@@ -92,7 +95,8 @@ def convert(value: dict[str, Any], kind: type[Result], where: str) -> Result:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$")
-        place = where + path.rstrip("`")
+        named = re.search(r"(?:required|unknown) field `([^`]*)`", text)
+        place = where + path.rstrip("`") + (f".{named[1]}" if named else "")
         raise BadField(place, f"{place}: {text}") from None
 
 

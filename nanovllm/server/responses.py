@@ -202,7 +202,7 @@ class Writer:
         self, server: Server, body: ResponsesRequest, params: SamplingParams, identity: Identity, turn: Conversation
     ) -> None:
         self._body, self._params, self._identity = body, params, identity
-        self._names = token_names(server, body)
+        self._names = token_names(server, body, params)
         self._reader = TurnReader(turn, server.engine.tokenizer)
         self._items = Items()
         self._logprobs: dict[int, list[TokenLogprobs]] = {}  # of text items, by index

@@ -150,6 +150,7 @@ class ChunkWriter:
     def __init__(self, head: dict[str, Any], include_usage: bool) -> None:
         """`head`: id, object, created, model ...: all that stands before `choices`."""
         self._head = b"data: " + _encode(head)[:-1] + b',"choices":['
+        self._rest: dict[str, Any] = {"usage": None} if include_usage else {}
         self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
 
     def chunk(self, choice: msgspec.Struct) -> bytes:
@@ -158,7 +159,7 @@ class ChunkWriter:
     def chunk_with(self, choice: msgspec.Struct | None, **extra: Any) -> bytes:
         """A chunk with more fields beside `choices`, such as usage. No choice: an empty list."""
         choices = b"" if choice is None else _encode(choice)
-        return b"%b%b],%b\n\n" % (self._head, choices, _encode(extra)[1:])
+        return b"%b%b],%b\n\n" % (self._head, choices, _encode({**self._rest, **extra})[1:])
 
 
 def named_event(event: msgspec.Struct) -> bytes:

@@ -92,24 +92,6 @@ def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def spell_out_calls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose calls and results are text in the hermes format, for templates that read neither."""
-    return [_spell_out(message) for message in messages]
-
-
-def _spell_out(message: Mapping[str, Any]) -> dict[str, Any]:
-    content = message.get("content") or ""
-    if message.get("role") == "tool":
-        return {**message, "content": f"<tool_response>\n{content}\n</tool_response>"}
-    parts = [content] if content else []
-    for call in message.get("tool_calls") or ():
-        arguments = call["function"].get("arguments") or {}
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        name = json.dumps(call["function"]["name"], ensure_ascii=False)
-        parts.append(f'<tool_call>\n{{"name": {name}, "arguments": {text}}}\n</tool_call>')
-    return {**message, "content": "\n".join(parts)}
-
-
 # --- tool_choice
 
 

@@ -24,6 +24,7 @@ from nanovllm.structured.limits import check_limits
 from nanovllm.tokenizer import Tokenizer
 
 MAX_LEXER_STATES = 50_000  # of one sequence, 1 to 2 kB each
+MAX_COMPILE_SECONDS = 0.5  # of processor time, the first mask included; others wait that long for their tokens
 MAX_COMPILED = 64  # grammars kept for the next request with the same one
 MAX_MESSAGE_LENGTH = 400  # characters of a compiler's message
 # A grammar that is ambiguous enough makes each mask slower than the one before. Processor time, seconds:
@@ -117,6 +118,7 @@ class LLGuidanceGrammar:
 
     def _compile(self, structured: StructuredOutput) -> LLGuidanceMatcher:
         library, vocabulary = self._library, self._vocabulary
+        started = time.thread_time()
         limits = library.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         try:
             inner = library.LLMatcher(vocabulary, _translate(structured, library), log_level=0, limits=limits)
@@ -129,6 +131,8 @@ class LLGuidanceGrammar:
         first.fill_mask(np.zeros(num_mask_words(self._vocab_size), dtype=np.int32))
         if first.error is not None:
             raise InvalidGrammar(f"{structured.kind}: {first.error}")
+        if time.thread_time() - started > MAX_COMPILE_SECONDS:
+            raise InvalidGrammar(f"{structured.kind}: it takes longer than {MAX_COMPILE_SECONDS:g} seconds to compile")
         return matcher
 
     @cached_property

@@ -14,7 +14,6 @@ from nanovllm.server.tool_formats import (
     TOOL_FORMATS,
     describe_tools,
     detect_tool_format,
-    spell_out_calls,
     tool_choice_constraint,
 )
 
@@ -60,18 +59,6 @@ def test_the_format_is_known_by_the_template(template, model_name, expected):
 def test_tools_can_be_described_to_a_template_without_them():
     text = describe_tools([WEATHER, TIME])
     assert json.dumps(TIME) in text and "<tool_call>" in text
-
-
-def test_calls_and_results_can_be_spelled_out_for_a_template_without_them():
-    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": {"zone": "é"}}}
-    asked = {"role": "assistant", "content": None, "tool_calls": [call, {"function": {"name": "f", "arguments": '{"a": 1}'}}]}
-    user, said, answer = spell_out_calls(
-        [{"role": "user", "content": "Hi"}, asked, {"role": "tool", "tool_call_id": "c", "content": "12:00"}]
-    )
-    assert user == {"role": "user", "content": "Hi"}
-    assert answer["content"] == "<tool_response>\n12:00\n</tool_response>"
-    first, second = '{"name": "now", "arguments": {"zone": "é"}}', '{"name": "f", "arguments": {"a": 1}}'
-    assert said["content"] == f"<tool_call>\n{first}\n</tool_call>\n<tool_call>\n{second}\n</tool_call>"
 
 
 @pytest.mark.parametrize("tool_choice", [None, "auto", "none"])

@@ -1,0 +1,85 @@
+"""Builders for `AsyncEngine.start(builder="served:...")`: real engine processes without a model.
+
+The vocabulary is the words w0 to w49, and a text is words with spaces between, so a test reads token ids from the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import tokenizers
+from support import VOCAB_SIZE, CountingExecutor, FakeExecutor, make_scheduler
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.engine_process import ServedEngine
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.messages import EngineFacts
+from nanovllm.executor.base import Executor
+from nanovllm.tokenizer import Tokenizer
+from nanovllm.tokenizer_files import TokenizerParts
+
+BLOCK_SIZE = 4
+
+
+class FailingExecutor(FakeExecutor):
+    """Breaks in its fifth step."""
+
+    def dispatch(self, batch: ScheduledBatch) -> None:
+        if batch.step == 4:
+            raise RuntimeError("the fake device caught fire")
+        super().dispatch(batch)
+
+
+def make_tokenizer() -> Tokenizer:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return Tokenizer(TokenizerParts(backend, {"eos_token": "w49"}, frozenset([49]), {"default": "{{ messages[0].content }}"}))
+
+
+def serve(config: EngineConfig, executor: Executor) -> ServedEngine:
+    """Never ends by itself: there are no end tokens."""
+    num_blocks = config.num_kv_blocks or 4096
+    scheduler = make_scheduler(num_blocks, BLOCK_SIZE, config.max_num_seqs, 2048)
+    max_model_len = num_blocks * BLOCK_SIZE
+    engine = LLMEngine(scheduler, executor, vocab_size=VOCAB_SIZE, max_model_len=max_model_len, num_steps_ahead=1)
+    tokenizer = make_tokenizer()
+    facts = EngineFacts(
+        model="fake",
+        vocab_size=VOCAB_SIZE,
+        max_model_len=max_model_len,
+        block_size=BLOCK_SIZE,
+        num_kv_blocks=num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        eos_token_ids=(),
+        has_chat_template=True,
+        device="fake",
+        dtype="float32",
+        memory_plan="none",
+        config=dataclasses.asdict(config),
+        pid=os.getpid(),
+    )
+    return ServedEngine(engine, tokenizer, facts)
+
+
+def fake(config: EngineConfig) -> ServedEngine:
+    return serve(config, FakeExecutor(config.num_kv_blocks or 4096, BLOCK_SIZE))
+
+
+def slow(config: EngineConfig) -> ServedEngine:
+    """100 steps per second."""
+    return serve(config, FakeExecutor(config.num_kv_blocks or 4096, BLOCK_SIZE, seconds_per_step=0.01))
+
+
+def counting(config: EngineConfig) -> ServedEngine:
+    """As fast as the host side goes; every token is w7."""
+    return serve(config, CountingExecutor())
+
+
+def failing(config: EngineConfig) -> ServedEngine:
+    return serve(config, FailingExecutor(config.num_kv_blocks or 4096, BLOCK_SIZE))
+
+
+def refusing(config: EngineConfig) -> ServedEngine:
+    raise RuntimeError("no such device")

@@ -1,0 +1,280 @@
+"""The llguidance backend over tokenizers of all kinds: masks are right, ends are right, faults are named."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+
+import jsonschema
+import numpy as np
+import pytest
+import tokenizers
+from structured.model import PERSON, allowed_tokens, schema
+from test_tokenizer import byte_level_backend, sentencepiece_backend, unigram_backend
+
+from nanovllm import StructuredOutput
+from nanovllm.errors import InvalidGrammar
+from nanovllm.structured import llguidance_backend
+from nanovllm.structured.base import fill_masks
+from nanovllm.structured.llguidance_backend import LLGuidanceGrammar, LLGuidanceMatcher
+from nanovllm.tokenizer import Tokenizer
+from nanovllm.tokenizer_files import TokenizerParts
+
+KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
+    "byte level": byte_level_backend,
+    "SentencePiece": sentencepiece_backend,
+}
+
+
+class Model:
+    """A tokenizer and its grammars, with a few rows of embedding that no token has."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, end: str = "</s>") -> None:
+        self.tokenizer = Tokenizer(TokenizerParts(backend))
+        self.end = self.tokenizer.token_to_id(end)
+        self.vocab_size = self.tokenizer.vocab_size + 7
+        self.grammar = LLGuidanceGrammar(self.tokenizer, self.vocab_size, [self.end])
+
+    def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> LLGuidanceMatcher:
+        return self.grammar.compile(structured, can_end_early)
+
+    def allowed(self, matcher: LLGuidanceMatcher) -> set[int]:
+        return set(allowed_tokens(matcher, self.vocab_size))
+
+    def walk(self, structured: StructuredOutput, seed: int, max_tokens: int = 400) -> tuple[str, str | None]:
+        """A text of random tokens that the masks allow, and the reason why it ended."""
+        matcher, choose, token_ids, reason = self.compile(structured), random.Random(seed), [], None
+        while reason is None and len(token_ids) < max_tokens:
+            token_id = choose.choice(sorted(self.allowed(matcher)))
+            token_ids.append(token_id)
+            reason = matcher.accept(token_id)
+        return self.tokenizer.decode(token_ids), reason
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request) -> Model:
+    return Model(KINDS[request.param]())
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> Model:
+    return Model(byte_level_backend())
+
+
+def test_random_texts_satisfy_their_schema(model):
+    schemas = [
+        PERSON,
+        {"type": "array", "items": {"enum": ["a", "ß", 3, None]}, "maxItems": 3},
+        {"type": "string", "pattern": "^[0-9]{3}-[a-z]+$", "maxLength": 9},
+        {
+            "anyOf": [
+                {"type": "boolean"},
+                {"type": "object", "properties": {"x": {"type": "number"}}, "additionalProperties": False},
+            ]
+        },
+    ]
+    ends = 0
+    for one, seed in itertools.product(schemas, range(6)):
+        text, reason = model.walk(schema(**one), seed)
+        if reason == "stop":
+            ends += 1
+            jsonschema.validate(json.loads(text), one)
+    assert ends >= 20, "random numbers may be long, but most texts end"
+
+
+def test_random_texts_match_their_expression(model):
+    for expression, seed in itertools.product(
+        [r"[ab]{2,5}", r"(fox|dog)(, (fox|dog)){0,2}\.", r"\d{4}-\d{2}", r"天[地玄]?|🎉"], range(5)
+    ):
+        text, reason = model.walk(StructuredOutput("regex", expression), seed)
+        assert reason == "stop" and re.fullmatch(expression, text)
+
+
+def test_choices_may_hold_anything(model):
+    choices = ['say "hi"', "a\\b\nc\t", "x/y/", "天地🎉", "\u0001", "don't", "I", "Id", "{}", "a" * 60]
+    seen = {model.walk(StructuredOutput("choice", choices), seed)[0] for seed in range(60)}
+    assert seen <= set(choices) and len(seen) > 5
+
+
+def test_special_tokens_in_a_text_are_spelled_out(model):
+    texts = ["a</s>b", "<s>", "</s>"]
+    for seed, text in enumerate(texts):
+        matcher, token_ids, reason = model.compile(StructuredOutput("choice", [text])), [], None
+        while reason is None:
+            token_ids.append(random.Random(seed).choice(sorted(model.allowed(matcher))))
+            reason = matcher.accept(token_ids[-1])
+        assert reason == "stop" and model.tokenizer.decode(token_ids, skip_special_tokens=False) == text
+        assert not set(token_ids) & model.tokenizer.special_token_ids
+
+
+def test_a_vocabulary_without_all_characters_spells_what_it_can():
+    model = Model(unigram_backend())
+    assert {model.walk(StructuredOutput("choice", ["lazy dog", "brown fox"]), seed) for seed in range(9)} == {
+        ("lazy dog", "stop"),
+        ("brown fox", "stop"),
+    }
+    assert model.walk(StructuredOutput("choice", ["fox{"]), 0)[1] == "error"
+
+
+def test_a_mask_holds_exactly_the_tokens_that_fit(byte_level):
+    """Of `[0-9a-z]{1,3}x?`, where it is easy to say."""
+    fits = re.compile(rb"[0-9a-z]{1,3}x?")
+    after = {b"": fits, b"1": re.compile(rb"[0-9a-z]{1,2}x?|x"), b"12a": re.compile(rb"x")}
+    for text, rest in after.items():
+        matcher = byte_level.compile(StructuredOutput("regex", "[0-9a-z]{1,3}x?"))
+        for byte in text:
+            assert matcher.accept(byte_level.tokenizer.token_to_id(chr(byte))) is None
+        spelled = {token_id: byte_level.tokenizer.token_bytes(token_id) for token_id in range(byte_level.vocab_size)}
+        expected = {
+            token_id
+            for token_id, data in spelled.items()
+            if rest.fullmatch(data) and token_id not in byte_level.tokenizer.special_token_ids
+        }
+        assert byte_level.allowed(matcher) == expected | ({byte_level.end} if text else set())
+
+
+def test_the_end_is_allowed_where_the_text_may_end(byte_level):
+    matcher = byte_level.compile(StructuredOutput("regex", "a{2,3}"))
+    a = byte_level.tokenizer.token_to_id("a")
+    assert byte_level.end not in byte_level.allowed(matcher)
+    assert matcher.accept(a) is None and byte_level.end not in byte_level.allowed(matcher)
+    assert matcher.accept(a) is None and byte_level.allowed(matcher) == {a, byte_level.end}
+    assert matcher.accept(a) == "stop"  # nothing can follow: no token is spent on saying so
+    other = byte_level.compile(StructuredOutput("regex", "a{2,3}"))
+    assert [other.accept(a), other.accept(a), other.accept(byte_level.end)] == [None, None, "stop"]
+
+
+def test_an_early_end_can_be_left_out(byte_level):
+    matcher = byte_level.compile(StructuredOutput("regex", "a*"), can_end_early=False)
+    assert byte_level.end not in byte_level.allowed(matcher)
+    empty = byte_level.compile(StructuredOutput("regex", "(a)?b{0}"), can_end_early=False)
+    assert byte_level.end not in byte_level.allowed(empty)
+
+
+def test_a_token_that_does_not_fit_is_an_error_that_stays(byte_level):
+    matcher = byte_level.compile(StructuredOutput("regex", "a+"))
+    b = byte_level.tokenizer.token_to_id("b")
+    assert matcher.accept(b) == "error" and "doesn't satisfy the grammar" in matcher.error
+    assert "<state>" not in matcher.error
+    assert byte_level.allowed(matcher) == {byte_level.end}
+    assert matcher.accept(b) == "error" and matcher.accept(byte_level.end) == "error"
+
+
+def test_a_matcher_that_breaks_tells_it_with_the_next_token(byte_level):
+    class Broken:
+        def unsafe_compute_mask_ptr(self, *_):
+            raise BaseException("as a panic")
+
+    matcher = LLGuidanceMatcher(Broken(), [byte_level.end], True)
+    assert byte_level.allowed(matcher) == {byte_level.end}
+    assert matcher.accept(byte_level.end) == "error" and "as a panic" in matcher.error
+
+
+def test_nothing_allowed_is_an_error(byte_level):
+    class Silent:
+        def unsafe_compute_mask_ptr(self, *_):
+            pass
+
+        def is_error(self):
+            return False
+
+    matcher = LLGuidanceMatcher(Silent(), [byte_level.end], True)
+    fill_masks([matcher], byte_level.vocab_size)
+    assert matcher.accept(3) == "error" and matcher.error == "no token fits here"
+
+
+def test_a_grammar_that_gets_slower_and_slower_is_ended(byte_level, monkeypatch):
+    monkeypatch.setattr(llguidance_backend, "MASK_SECONDS_AT_ONCE", 0.1)
+    monkeypatch.setattr(llguidance_backend, "MASK_SECONDS_PER_TOKEN", 0.0005)
+    matcher = byte_level.compile(StructuredOutput("grammar", 'start: x\nx: x x x | "a" | "b"'))
+    a = byte_level.tokenizer.token_to_id("a")
+    started = time.thread_time()
+    for _ in range(3000):
+        fill_masks([matcher], byte_level.vocab_size)
+        if matcher.accept(a):
+            break
+    assert matcher.error is not None and ("too ambiguous" in matcher.error or "items" in matcher.error)
+    assert time.thread_time() - started < 10
+
+
+def test_forks_of_one_compilation_do_not_disturb_each_other(byte_level):
+    first, second = (byte_level.compile(StructuredOutput("regex", "ab|cd")) for _ in range(2))
+    a = byte_level.tokenizer.token_to_id("a")
+    assert first.accept(a) is None
+    assert a not in byte_level.allowed(first) and a in byte_level.allowed(second)
+
+
+def test_compiled_grammars_are_kept_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(llguidance_backend, "MAX_COMPILED", 3)
+    fresh = Model(byte_level_backend())
+    for number in range(6):
+        fresh.compile(StructuredOutput("regex", f"a{number}"))
+    assert [kept.text for kept in fresh.grammar._compiled] == ["a3", "a4", "a5"]
+
+
+def test_a_vocabulary_that_is_no_multiple_of_the_word_size_fits(byte_level):
+    assert byte_level.vocab_size % 32
+    mask = np.full(-(-byte_level.vocab_size // 32) + 1, 7, dtype=np.int32)
+    byte_level.compile(StructuredOutput("json_object")).fill_mask(mask[:-1])
+    assert mask[-1] == 7
+
+
+@pytest.mark.parametrize(
+    ("structured", "message"),
+    [
+        (schema(type="objekt"), "Invalid type: objekt"),
+        (schema(type="array", uniqueItems=True), "uniqueItems"),
+        (schema(type="string", format="nonsense"), "Unknown format: nonsense"),
+        (schema(type="string", pattern="(a"), "unclosed group"),
+        (schema(type="integer", minimum=5, maximum=3), "Unsatisfiable"),
+        (schema(**{"$ref": "http://example.org/x"}), "example.org"),
+        (schema(**{"$ref": "#"}), "no text satisfies it"),
+        (schema(**{"x-guidance": {"lenient": True}, "type": "array", "uniqueItems": True}), "uniqueItems"),
+        (StructuredOutput("regex", "(a"), "unclosed group"),
+        (StructuredOutput("regex", "(?=a)b"), "look-around"),
+        (StructuredOutput("regex", r"(a)\1"), "backreference"),
+        (StructuredOutput("grammar", "start: foo"), "unknown name"),
+        (StructuredOutput("grammar", "start: ((("), "Expected token"),
+        (StructuredOutput("grammar", 'start: start "a"'), "no text satisfies it"),
+        (StructuredOutput("grammar", "root ::= nothing"), "nothing"),
+        (StructuredOutput("grammar", "\u0000"), "grammar"),
+    ],
+)
+def test_faults_are_named(byte_level, structured, message):
+    with pytest.raises(InvalidGrammar, match=f"(?s)^{structured.kind}: .*{message}") as caught:
+        byte_level.compile(structured)
+    assert len(str(caught.value)) < 500 and "<state>" not in str(caught.value)
+
+
+def test_what_compiles_slowly_is_refused(byte_level, monkeypatch):
+    slow = schema(type="object", properties={f"p{i}": {"type": "string"} for i in range(400)})
+    monkeypatch.setattr(llguidance_backend, "MAX_COMPILE_SECONDS", 0.001)
+    with pytest.raises(InvalidGrammar, match="longer than 0.001 seconds"):
+        byte_level.compile(slow)
+    monkeypatch.undo()
+    byte_level.compile(slow)
+
+
+def test_a_model_without_an_end_token_cannot_follow_a_grammar(byte_level):
+    with pytest.raises(InvalidGrammar, match="a token that ends a text"):
+        LLGuidanceGrammar(byte_level.tokenizer, byte_level.vocab_size, []).compile(StructuredOutput("json_object"))
+
+
+def test_without_llguidance_the_error_says_what_to_install(byte_level, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(InvalidGrammar, match=r"pip install 'nanovllm\[grammar\]'"):
+        LLGuidanceGrammar(byte_level.tokenizer, byte_level.vocab_size, [byte_level.end]).compile(StructuredOutput("json_object"))
+
+
+def test_whitespace_between_the_parts_of_json_is_limited(byte_level):
+    matcher = byte_level.compile(StructuredOutput("json_object"))
+    newline, brace = byte_level.tokenizer.token_to_id("Ċ"), byte_level.tokenizer.token_to_id("{")
+    assert matcher.accept(brace) is None
+    for _ in range(32):
+        assert newline in byte_level.allowed(matcher) and matcher.accept(newline) is None
+    assert newline not in byte_level.allowed(matcher)
