@@ -11,20 +11,23 @@ slower than zeros, as real data is. Floors: bytes and operations of the shape ov
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import torch
 
 from nanovllm import SamplingParams
 from nanovllm.bench.record import summary, write_record
 from nanovllm.config import EngineConfig
+from nanovllm.engine.events import StepCollected, StepDispatched
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.layers.weight_slot import WeightSlot
-from nanovllm.llm import build_engine
+from nanovllm.llm import BuiltEngine, build_engine
 from nanovllm.model_spec import ModelSpec, RopeSpec
 from nanovllm.models.registry import find_family
 from nanovllm.parallel.group import ParallelGroup
@@ -54,6 +57,15 @@ class RandomOnGpu:
         if name.endswith("norm.weight"):
             return torch.ones(self._shapes[name])
         return (torch.randn(self._shapes[name], generator=self._generator, device="cuda") * 0.02).bfloat16().cpu()
+
+
+def build(model: str, **options: Any) -> BuiltEngine:
+    """The engine of a shape with random weights, with the options of the comparison unless told otherwise."""
+    spec = SHAPES[model]
+    options = {"max_model_len": 16_384, "max_num_seqs": 256, "gpu_memory_utilization": 0.85, **options}
+    config = EngineConfig(device="cuda", **options)
+    source = RandomOnGpu(find_family(spec.architecture)(spec, ParallelGroup(), torch.bfloat16).weight_slots())
+    return build_engine(config, select_platform("cuda"), spec, source)
 
 
 def sampling(num_tokens: int) -> SamplingParams:
@@ -94,23 +106,76 @@ def measure(engine: LLMEngine, repeats: int) -> dict[str, dict]:
     return results
 
 
+class HostTimes:
+    """A listener: the host's share of every step, microseconds."""
+
+    def __init__(self) -> None:
+        self.by_size: dict[int, list[float]] = {}
+        self._open: dict[int, tuple[int, float]] = {}
+
+    def on_event(self, event: Any) -> None:
+        if isinstance(event, StepDispatched):
+            self._open[event.step] = event.num_sequences, event.schedule_ns / 1e3
+        elif isinstance(event, StepCollected):
+            size, schedule_us = self._open.pop(event.step, (0, 0.0))
+            self.by_size.setdefault(size, []).append(schedule_us + (event.forward_ns + event.apply_ns) / 1e3)
+
+
+def watch_steps(engine: LLMEngine, size: int) -> dict[str, float]:
+    """Decode `size` sequences: the host's time per step without a profiler, and the device's idle share with one."""
+    rng = Random(1)
+    for _ in range(size):
+        engine.add_request([rng.randint(0, 10_000) for _ in range(rng.randint(100, 1024))], sampling(400))
+    while engine.scheduler.waiting or any(s.num_generated_tokens < 2 for s in engine.scheduler.running):
+        engine.step()
+    times = HostTimes()
+    engine.events.listeners.append(times)
+    for _ in range(100):
+        engine.step()
+    engine.events.listeners.remove(times)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(40):
+            engine.step()
+        torch.cuda.synchronize()
+    while engine.has_work:
+        engine.step()
+    spans = sorted(
+        (e.start_ns(), e.start_ns() + e.duration_ns())
+        for e in profile.profiler.kineto_results.events()
+        if e.device_type().name == "CUDA"
+    )  # type: ignore[union-attr]
+    busy, reached, longest = 0, spans[0][0], 0
+    for begin, end in spans:
+        longest = max(longest, begin - reached)
+        busy += max(0, end - max(begin, reached))
+        reached = max(reached, end)
+    return {
+        "host_us_per_step": statistics.median(times.by_size[size]),
+        "device_idle_share": 1 - busy / (reached - spans[0][0]),
+        "longest_gap_us": longest / 1e3,
+        "device_us_per_step": (reached - spans[0][0]) / 40e3,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(SHAPES), default="qwen3-0.6b")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--record", metavar="NAME")
     arguments = parser.parse_args()
-    spec = SHAPES[arguments.model]
-    config = EngineConfig(device="cuda", max_model_len=16_384, max_num_seqs=256, gpu_memory_utilization=0.85)
-    source = RandomOnGpu(find_family(spec.architecture)(spec, ParallelGroup(), torch.bfloat16).weight_slots())
     start = time.perf_counter()
-    built = build_engine(config, select_platform("cuda"), spec, source)
+    built = build(arguments.model)
     startup_s = time.perf_counter() - start
     results = measure(built.engine, arguments.repeats)
     for name, result in results.items():
         print(f"{name:<26}{result['median']:>12,.2f}   {result['min']:,.2f} to {result['max']:,.2f}")
+    steps = {str(size): watch_steps(built.engine, size) for size in (1, 256)}
+    late_compiles = built.engine.executor.runner.late_compiles
+    print(json.dumps({"steps": steps, "late_compiles": late_compiles, "startup": built.startup}))
     if arguments.record:
         facts = {"gpu": torch.cuda.get_device_name(), "model": arguments.model, "build_engine_s": startup_s}
+        facts |= {"startup_s": built.startup, "steps": steps, "late_compiles": len(late_compiles)}
+        facts |= {"memory_plan": dataclasses.asdict(built.memory_plan)}
         resolved = {name: getattr(built.config, name) for name in built.config.__dataclass_fields__}
         workload = {"seed": 0, "requests": 256, "lengths": [100, 1024]}
         print(write_record(arguments.record, **facts, config=resolved, workload=workload, results=results))

@@ -17,3 +17,5 @@ class ForwardContext:
     kv_caches: list[Tensor]  # one per layer, in the layout of the backend
     backend: AttentionBackend
     attention_plan: Any  # what backend.plan() made of this step, opaque to layers
+    needed_tokens: Tensor | None = None  # [num_needed] int64, places of the tokens whose final state is asked for; None: all
+    needed_plan: Any = None  # the plan of these tokens alone, in this order: what the last layer attends with

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.attention.base import AttentionSpec
+from nanovllm.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.attention.select import select_backend
 from nanovllm.attention.triton_paged import TritonAttention
 from nanovllm.config import EngineConfig
@@ -27,6 +27,7 @@ from nanovllm.engine.policy import make_policy
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import ConfigError, InvalidPrompt, RequestError
 from nanovllm.executor.in_process import InProcessExecutor
+from nanovllm.kernels.late_compiles import watch_compiles
 from nanovllm.loaders.checkpoint import Checkpoint, open_checkpoint
 from nanovllm.loaders.load import load_weights
 from nanovllm.loaders.weight_source import WeightSource
@@ -35,13 +36,15 @@ from nanovllm.model_spec import ModelSpec
 from nanovllm.models.registry import find_family, read_model_spec
 from nanovllm.outputs import EmbeddingOutput, GenerationOutput
 from nanovllm.parallel.group import ParallelGroup
-from nanovllm.platforms.base import Platform, select_platform
-from nanovllm.runner.memory_plan import MemoryPlan, plan_memory
+from nanovllm.platforms.base import DeviceMemory, Platform, select_platform
+from nanovllm.runner.memory_plan import Measured, MemoryPlan, plan_memory
+from nanovllm.runner.stopwatch import Stopwatch
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.structured.base import Grammar
 from nanovllm.structured.llguidance_backend import LLGuidanceGrammar
 from nanovllm.tokenizer import Tokenizer
 
+GRAPH_BYTES = 512 << 20  # what captured graphs and libraries take beside the pool, at most
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
 
@@ -65,6 +68,7 @@ class BuiltEngine:
     memory_plan: MemoryPlan
     platform: Platform
     eos_token_ids: tuple[int, ...]
+    startup: dict[str, float]  # where the seconds went
 
 
 class LLM:
@@ -263,28 +267,33 @@ def build_engine(
     grammar: Grammar | None = None,
 ) -> BuiltEngine:
     """Decide every "auto", plan the memory, load the weights, wire the parts. In this order, so that errors come early."""
+    watch = Stopwatch()
     platform.prepare(config.num_threads)
     policy = make_policy(config.scheduling_policy)
     config, plan, dtype = resolve(config, platform, spec)
-    logger.info("memory plan, %s on %s\n%s", config.dtype, platform.describe(), plan.describe())
+    watch.lap("plan")
     model = find_family(spec.architecture)(spec, ParallelGroup(), dtype)
     load_weights(model, weights)
     model.finish_loading(platform.device, plan.max_model_len)
+    watch.lap("weights")
     attention = AttentionSpec(model.num_heads, model.num_kv_heads, spec.head_dim, plan.block_size)
     backend = select_backend(attention, dtype, platform.device)
-    kv_caches = [platform.zeros(backend.kv_cache_shape(plan.num_blocks), dtype) for _ in range(spec.num_layers)]
     limits = config.scheduler_limits
     runner = ModelRunner(
         model,
         backend,
-        kv_caches,
+        [],
         block_size=plan.block_size,
         max_num_seqs=limits.max_num_seqs,
         max_model_len=plan.max_model_len,
         device=platform.device,
     )
-    if platform.device.type == "cuda" and not config.enforce_eager and isinstance(backend, TritonAttention):
-        runner.capture_graphs(backend, limits.max_num_seqs, limits.max_num_batched_tokens)
+    if isinstance(backend, TritonAttention):
+        plan = warm_up_gpu(runner, backend, config, plan, platform, spec, dtype, watch)
+    else:
+        runner.kv_caches = make_kv_caches(platform, backend, plan, spec, dtype)
+    logger.info("memory plan, %s on %s\n%s", config.dtype, platform.describe(), plan.describe())
+    logger.info("ready: %s", watch.describe())
     scheduler = Scheduler(BlockManager(plan.num_blocks, plan.block_size, config.enable_prefix_caching), limits, policy)
     engine = LLMEngine(
         scheduler,
@@ -297,7 +306,65 @@ def build_engine(
         num_steps_ahead=config.num_steps_ahead or 0,
         seed=config.seed,
     )
-    return BuiltEngine(engine, config, spec, plan, platform, tuple(eos_token_ids))
+    return BuiltEngine(engine, config, spec, plan, platform, tuple(eos_token_ids), watch.laps)
+
+
+def make_kv_caches(
+    platform: Platform, backend: AttentionBackend, plan: MemoryPlan, spec: ModelSpec, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    return [platform.zeros(backend.kv_cache_shape(plan.num_blocks), dtype) for _ in range(spec.num_layers)]
+
+
+@torch.inference_mode()
+def warm_up_gpu(
+    runner: ModelRunner,
+    backend: TritonAttention,
+    config: EngineConfig,
+    plan: MemoryPlan,
+    platform: Platform,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    watch: Stopwatch,
+) -> MemoryPlan:
+    """Measure the largest step, size the KV cache by what is left, compile every kernel, capture the graphs."""
+    limits = config.scheduler_limits
+    graphs = runner.prepare_graphs(backend, limits.max_num_seqs, limits.max_num_batched_tokens)
+    runner.kv_caches = [torch.zeros(backend.kv_cache_shape(1), dtype=dtype, device=platform.device)] * spec.num_layers
+    activations = graphs.peak_bytes()
+    taken = plan.free - platform.memory().free
+    # The largest step's temporaries are there twice: the allocator keeps one set, the graphs' pool another.
+    measured = Measured(max(taken, 0), activations * (1 if config.enforce_eager else 2) + GRAPH_BYTES)
+    plan = make_plan(config, spec, dtype, platform, DeviceMemory(plan.total, plan.free), measured)
+    watch.lap("largest step")
+    runner.kv_caches = make_kv_caches(platform, backend, plan, spec, dtype)
+    graphs.warm_up()
+    runner.sampler.warm_up(dtype)
+    watch.lap("kernels")
+    if not config.enforce_eager:
+        graphs.capture_all()
+        runner.graphs = graphs
+        watch.lap("graphs")
+    runner.late_compiles = watch_compiles()
+    return plan
+
+
+def make_plan(
+    config: EngineConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    platform: Platform,
+    memory: DeviceMemory,
+    measured: Measured | None = None,
+) -> MemoryPlan:
+    return plan_memory(
+        spec,
+        config,
+        bytes_per_value=dtype.itemsize,
+        total=memory.total,
+        free=memory.free,
+        max_default_kv=platform.max_default_kv_bytes(),
+        measured=measured,
+    )
 
 
 def resolve(config: EngineConfig, platform: Platform, spec: ModelSpec) -> tuple[EngineConfig, MemoryPlan, torch.dtype]:
@@ -318,15 +385,7 @@ def resolve(config: EngineConfig, platform: Platform, spec: ModelSpec) -> tuple[
         num_steps_ahead=steps_ahead,
         gpu_memory_utilization=share,
     )
-    memory = platform.memory()
-    plan = plan_memory(
-        spec,
-        config,
-        bytes_per_value=dtype.itemsize,
-        total=memory.total,
-        free=memory.free,
-        max_default_kv=platform.max_default_kv_bytes(),
-    )
+    plan = make_plan(config, spec, dtype, platform, platform.memory())
     if config.max_model_len is None and plan.max_model_len < spec.max_position:
         held, allowed = plan.max_model_len, spec.max_position
         logger.info("max_model_len is %d, not the model's %d: that is what the cache holds", held, allowed)

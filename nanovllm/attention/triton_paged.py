@@ -192,7 +192,7 @@ def attend_prompts(query: Tensor, kv_cache: Tensor, out: Tensor, plan: TritonPla
         num_keys,
         by_tma,
         num_warps=4,
-        num_stages=2,
+        num_stages=3 if by_tma else 2,
     )
 
 
@@ -204,7 +204,6 @@ def _decode_kernel(
     M: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
     item_ptr += tl.program_id(0) * 9
     kv_head = tl.program_id(1)
@@ -212,6 +211,9 @@ def _decode_kernel(
         return
     token, table_row = tl.load(item_ptr).to(tl.int64), tl.load(item_ptr + 2).to(tl.int64)
     begin, end = tl.load(item_ptr + 4), tl.load(item_ptr + 5)
+    table_ptr += table_row * table_stride
+    if PDL:
+        gdc_wait()
     head, column = tl.arange(0, M), tl.arange(0, BLOCK_D)
     mask = (head < G)[:, None] & (column < D)[None, :]
     place = ((token * H + kv_head * G + head) * D)[:, None] + column[None, :]  # in query and out
@@ -219,11 +221,13 @@ def _decode_kernel(
     running_max = tl.full([M], float("-inf"), tl.float32)
     running_sum = tl.zeros([M], tl.float32)
     total = tl.zeros([M, BLOCK_D], tl.float32)
-    table_ptr += table_row * table_stride
     for first_key in range(begin, end, N):
         position = first_key + tl.arange(0, N)
         is_key = position < end
-        block_id = tl.load(table_ptr + position // PAGE, is_key, other=0).to(tl.int64)
+        if PAGE % N == 0:  # the tile lies in one block: splits begin at multiples of MIN_SPLIT
+            block_id = tl.load(table_ptr + first_key // PAGE).to(tl.int64)
+        else:
+            block_id = tl.load(table_ptr + position // PAGE, is_key, other=0).to(tl.int64)
         source = ((block_id * K + kv_head) * PAGE + position % PAGE) * D  # [N]
         key = tl.load(key_ptr + source[None, :] + column[:, None], is_key[None, :] & (column < D)[:, None], other=0.0)
         value = tl.load(value_ptr + source[:, None] + column[None, :], is_key[:, None] & (column < D)[None, :], other=0.0)
@@ -245,10 +249,9 @@ def _decode_kernel(
     # The last of the sequence's programs to arrive here combines their results.
     first_slot, count = tl.load(item_ptr + 7).to(tl.int64), tl.load(item_ptr + 8)
     tl.debug_barrier()
-    arrival_ptr += first_slot * K + kv_head
-    if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") < count - 1:
+    if tl.atomic_add(arrival_ptr + first_slot * K + kv_head, 1, sem="acq_rel") < count - 1:
         return
-    tl.store(arrival_ptr, 0)
+    tl.store(arrival_ptr + first_slot * K + kv_head, 0)
     first_line = first_slot * H + kv_head * G
     result = _combine(partial_ptr, weight_ptr, first_line, count, H, G, D, BLOCK_D, M)
     tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask)

@@ -349,7 +349,7 @@ class AsyncEngine:
         self._requests.pop(request.output.request_id, None)
         for completion in request.completions:
             self._completions.pop(completion.handle, None)
-        if not request.output.finished and request.error is None and request.embedding is None:
+        if not request.output.finished and request.embedding is None:  # also unknown to the engine: it ignores that
             self._tell_to_abort(request)
 
     def _tell_to_abort(self, request: LiveRequest, index: int | None = None) -> None:
@@ -382,9 +382,13 @@ class AsyncEngine:
             if completion is None:
                 continue  # it was dropped, or its text has ended, and the engine does not know yet
             completion.request.wake()
-            if completion.push(token_id):
-                self._end(completion, "stop", None)
-                self._tell_to_abort(completion.request, completion.output.index)
+            try:
+                if completion.push(token_id):
+                    self._end(completion, "stop", None)
+                    self._tell_to_abort(completion.request, completion.output.index)
+            except Exception as error:  # a mistake of ours: the others in this message must not suffer from it
+                logger.exception("the text of request %s failed", completion.request.output.request_id)
+                completion.request.fail(NanoVllmError(f"internal error: {type(error).__name__}"))
         for handle, embedding in message.embeddings.items():
             if (completion := completions.get(handle)) is not None:
                 completion.request.embedding = embedding

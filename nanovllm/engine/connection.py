@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 import shutil
 import socket
@@ -94,7 +93,7 @@ def spawn_engine(config: EngineConfig, builder: str) -> EngineChild:
         "address": child.address,
         "folder": str(folder),
         "parent": os.getpid(),
-        "log_level": logging.getLevelName(logger.getEffectiveLevel()),
+        "log_level": logger.getEffectiveLevel(),
         "config": dataclasses.asdict(config),
     }
     stdin = process.stdin
@@ -169,7 +168,7 @@ class EngineConnection:
                 recv_monitor_message(self._monitor, zmq.NOBLOCK)
             except zmq.Again:
                 return
-            if self._burial is None:
+            if self._burial is None and not self.dead.done():
                 self._burial = self._loop.create_task(self._bury())
 
     async def _bury(self) -> None:

@@ -62,7 +62,8 @@ def main(builder: str) -> None:
     start = json.loads(sys.stdin.buffer.readline())
     folder = Path(start["folder"])
     threading.Thread(target=die_with_parent, args=(folder, start["parent"]), name="die-with-parent", daemon=True).start()
-    configure_logging(start["log_level"])
+    configure_logging()
+    logger.setLevel(start["log_level"])
     context = zmq.Context()
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to one who has gone is an error, not silence

@@ -136,15 +136,18 @@ class LLMEngine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def step(self) -> list[GenerationOutput]:
-        """One turn of the loop. Returns the requests that grew or ended; their outputs are live objects."""
+    def step(self, may_collect: bool = True) -> list[GenerationOutput]:
+        """One turn of the loop. Returns the requests that grew or ended; their outputs are live objects.
+
+        `may_collect=False` dispatches and waits for nothing, so that a device computes while requests are still added.
+        """
         self._check_alive()
         while self._aborts:
             self.abort(self._aborts.popleft())
         self._is_stepping = True
         try:
-            batch = self._dispatch_next()
-            if self.scheduler.num_in_flight > (self._num_steps_ahead if batch else 0):
+            is_dispatched = self._dispatch_next()
+            if may_collect and self.scheduler.num_in_flight > (self._num_steps_ahead if is_dispatched else 0):
                 return self._collect_oldest()
             return self._close_finished()
         except BaseException as error:  # also KeyboardInterrupt: a step cut in half cannot be resumed
@@ -238,16 +241,21 @@ class LLMEngine:
         if len(per_prompt) != len(prompts):
             raise InvalidSamplingParams(f"{len(prompts)} prompts need as many sampling params, got {len(per_prompt)}")
         unfinished: dict[str, GenerationOutput] = {}
+        num_tokens, may_start_early, num_aborted = 0, self._num_steps_ahead > 0, self._num_aborted
         try:
             for prompt, one in zip(prompts, per_prompt):
                 request_id = self.add_request(prompt, one, priority=priority, cache_salt=cache_salt, pooling=pooling)
                 unfinished[request_id] = self.output_of(request_id)
+                num_tokens += len(unfinished[request_id].prompt_token_ids)
+                if may_start_early and num_tokens >= self.scheduler.limits.max_num_batched_tokens:
+                    may_start_early = False  # the device is busy with one step while the rest is added
+                    self.step(may_collect=False)
             outputs = list(unfinished.values())
             with Progress(len(prompts), use_tqdm) as progress, deferred_interrupt() as interrupted:
                 while unfinished:
-                    num_aborted = self._num_aborted
                     ended = [output for output in self.step() if output.finished]
                     if self._num_aborted != num_aborted:  # by somebody else: a step does not report those
+                        num_aborted = self._num_aborted
                         ended = [output for output in unfinished.values() if output.finished]
                     for output in ended:
                         if unfinished.pop(output.request_id, None) is not None:

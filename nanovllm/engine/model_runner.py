@@ -51,6 +51,7 @@ class ModelRunner:
         self.state = RowState(max_num_seqs, max_model_len, block_size, device)
         self.sampler = Sampler(model.spec.vocab_size, max_num_seqs, device)
         self.graphs: CudaGraphs | None = None
+        self.late_compiles: list[str] = []  # kernels compiled while serving; see kernels/late_compiles.py
         self._prompt_logprobs: dict[int, Seat] = {}  # row -> who asked for them
         self._pooling = PromptPooling()
 
@@ -61,10 +62,15 @@ class ModelRunner:
         self._update_state(batch)
         asks_prompt = bool(self._prompt_logprobs) and not self._prompt_logprobs.keys().isdisjoint(batch.rows)
         pools = self._pooling.is_asked(batch.rows)
-        pending = None if self.graphs is None or asks_prompt or pools else self._replay(batch)
+        needs_all = asks_prompt or pools  # the final states of every token of the step
+        pending = None if self.graphs is None or needs_all else self._replay(batch)
         if pending is None:
             inputs = build_inputs(batch, self.state, self.block_size)
-            hidden = self.model(inputs.input_ids, self._context(inputs))  # [num_tokens, hidden_size]
+            context = self._context(inputs)
+            if len(batch.sampled_chunks) < batch.num_tokens and not needs_all:
+                context.needed_tokens, needed = inputs.last_tokens(batch.sampled_chunks)
+                context.needed_plan = self.backend.plan(needed)
+            hidden = self.model(inputs.input_ids, context)  # [num_needed or num_tokens, hidden_size]
             pending = self._sample(batch, inputs, hidden)
             if asks_prompt:
                 pending.prompt_logprobs = self._score_prompts(batch, inputs, hidden)
@@ -98,12 +104,10 @@ class ModelRunner:
     def _sample(self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor) -> PendingStep:
         """Project and draw for the chunks that reach their sequence's end, and only for those."""
         chunks = batch.sampled_chunks
-        device = hidden.device
         if not chunks:
             return PendingStep(batch.step, torch.empty(0, dtype=torch.int64))
         if len(chunks) < len(hidden):
-            last_tokens = torch.from_numpy(inputs.query_start[1:][chunks] - 1).to(device)
-            hidden = hidden.index_select(0, last_tokens)  # [num_samples, hidden_size]
+            hidden = hidden.index_select(0, inputs.last_tokens(chunks)[0])  # [num_samples, hidden_size]
         logits = self.model.compute_logits(hidden)  # [num_samples, vocab_size]
         return self._draw(batch, logits)
 
@@ -123,9 +127,9 @@ class ModelRunner:
         )
         rotary = self.model.rotary.at(step.positions)  # type: ignore[union-attr]
         context = ForwardContext(rotary, slots, self.kv_caches, self.backend, step.plan)
+        if step.needed_plan is not None:
+            context.needed_tokens, context.needed_plan = step.sample_tokens, step.needed_plan
         hidden = self.model(input_ids, context)
-        if len(step.plan.prompt_items):
-            hidden = hidden.index_select(0, step.sample_tokens)
         logits = self.model.compute_logits(hidden)
         draw_tokens(
             logits,
@@ -138,9 +142,9 @@ class ModelRunner:
         )
         return logits
 
-    @torch.inference_mode()
-    def capture_graphs(self, backend: TritonAttention, max_num_seqs: int, max_tokens: int) -> None:
-        self.graphs = CudaGraphs(
+    def prepare_graphs(self, backend: TritonAttention, max_num_seqs: int, max_tokens: int) -> CudaGraphs:
+        """The graphs of this runner's steps, not captured yet."""
+        return CudaGraphs(
             self.forward_step,
             backend,
             self.state.block_tables,
@@ -148,7 +152,6 @@ class ModelRunner:
             max_tokens=max_tokens,
             spare_row=self.state.spare_row,
         )
-        self.graphs.capture_all()
 
     def _replay(self, batch: ScheduledBatch) -> PendingStep | None:
         rows, positions = _sampled_places(batch)

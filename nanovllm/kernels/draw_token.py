@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanovllm.kernels.triton_language import tl, triton
 
-TILE = 4096
+TILE = 2048  # tokens; with 4 warps, measured on an H200
 
 
 def draw_tokens(
@@ -34,7 +34,7 @@ def draw_tokens(
     best = torch.empty(num_samples, num_tiles, dtype=torch.float32, device=logits.device)
     best_id = torch.empty(num_samples, num_tiles, dtype=torch.int32, device=logits.device)
     _reduce_tile_kernel[(num_samples, num_tiles)](
-        logits, inverse_temperature, keys, best, best_id, logits.stride(0), vocab_size, num_tiles, TILE, num_warps=8
+        logits, inverse_temperature, keys, best, best_id, logits.stride(0), vocab_size, num_tiles, TILE, num_warps=4
     )
     _reduce_row_kernel[(num_samples,)](
         best,
@@ -70,15 +70,30 @@ def _reduce_tile_kernel(
     score = tl.where(score == score, score, float("-inf"))  # NaN never wins
     inverse_temperature = tl.load(inverse_temperature_ptr + sample)
     if inverse_temperature > 0.0:
-        key = tl.load(key_ptr + sample).to(tl.uint32, bitcast=True)
-        bits = _mix(_mix(token.to(tl.uint32)) + key)
-        u = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2 ** -23
-        # The inner logarithm must be right near u = 1, where winners come from; the outer one only to 1e-6.
-        score = score * inverse_temperature - tl.log2(-tl.log(u)) * 0.6931471805599453
-    best = tl.max(score, 0)
-    winner = tl.min(tl.where(score == best, token, 2147483647), 0)  # the lowest id among equals
+        score = score_of(score * inverse_temperature, draw_bits(token, tl.load(key_ptr + sample).to(tl.uint32, bitcast=True)))
+    best, winner = leader(score, token)
     tl.store(best_ptr + sample * num_tiles + tile, best)
     tl.store(best_id_ptr + sample * num_tiles + tile, winner)
+
+
+@triton.jit
+def draw_bits(token, key):
+    """u of the token is (this + 0.5) * 2 ** -23."""
+    return (_mix(_mix(token.to(tl.uint32)) + key) >> 9).to(tl.float32)
+
+
+@triton.jit
+def leader(score, token):
+    """The best score and its token; the lowest id among equals."""
+    best = tl.max(score, 0)
+    return best, tl.min(tl.where(score == best, token, 2147483647), 0)
+
+
+@triton.jit
+def score_of(score, draw):
+    """The inner logarithm must be right near u = 1, where winners come from; the outer one only to 1e-6."""
+    u = (draw + 0.5) * 1.1920928955078125e-07
+    return score - tl.log2(-tl.log(u)) * 0.6931471805599453
 
 
 @triton.jit

@@ -45,11 +45,15 @@ class Attention(nn.Module):
 
     def attend(self, qkv: Tensor, context: ForwardContext) -> Tensor:
         """[N, (H + 2 K) * D] -> [N, H * D]."""
+        query = self.remember(qkv, context)
+        return context.backend.attend(query, context.kv_caches[self.layer], context.attention_plan)
+
+    def remember(self, qkv: Tensor, context: ForwardContext) -> Tensor:
+        """Keys and values into the cache; returns the turned queries, [N, H, D]."""
         heads = qkv.view(len(qkv), -1, self.head_dim)  # [N, H + 2 K, D]
         head_norm = self.qk_norm.as_head_norm() if self.qk_norm is not None else None
         kv_cache = context.kv_caches[self.layer]
-        query = context.backend.rotate_and_store(heads, head_norm, context.rotary, kv_cache, context.slot_mapping)
-        return context.backend.attend(query, kv_cache, context.attention_plan)
+        return context.backend.rotate_and_store(heads, head_norm, context.rotary, kv_cache, context.slot_mapping)
 
 
 class FeedForward(nn.Module):
@@ -78,6 +82,19 @@ class DecoderLayer(nn.Module):
         x = self.self_attn(x, context)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual  # type: ignore[return-value]  # a norm always returns one
+
+    def forward_last(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """The last layer of a step with prompt chunks: every token leaves its key and value, and only those whose final
+        state is asked for go on. Returns x and residual of these, [num_needed, hidden_size]."""
+        attention, needed = self.self_attn, context.needed_tokens
+        x, residual = self.input_layernorm(x, residual)
+        query = attention.remember(attention.qkv_proj(x), context).index_select(0, needed)  # type: ignore[arg-type]
+        residual = residual.index_select(0, needed)  # type: ignore[union-attr, arg-type]
+        if not len(query):
+            return residual, residual
+        mixed = context.backend.attend(query, context.kv_caches[attention.layer], context.needed_plan)
+        x, residual = self.post_attention_layernorm(attention.o_proj(mixed), residual)
+        return self.mlp(x), residual  # type: ignore[return-value]
 
     def forward_one_token(self, x: Tensor, context: ForwardContext) -> Tensor:
         """The same for a step of one token, with the norms, SiLU and additions inside the products. x: [1, hidden_size]."""
@@ -119,14 +136,16 @@ class Decoder(nn.Module):
         return self.layers[0].self_attn.num_heads  # type: ignore[union-attr, return-value]
 
     def forward(self, input_ids: Tensor, context: ForwardContext) -> Tensor:
-        """input_ids: [N] -> final hidden states [N, hidden_size]."""
+        """input_ids: [N] -> final hidden states of the tokens that the context asks for, [num_needed or N, hidden_size]."""
         x, residual = self.embed_tokens(input_ids), None
-        if self.group.size == 1 and not self.spec.output_bias and can_fuse(x):
+        if context.needed_tokens is None and self.group.size == 1 and not self.spec.output_bias and can_fuse(x):
             for layer in self.layers:
                 x = layer.forward_one_token(x, context)  # type: ignore[operator]
             return self.norm(x, None)[0]
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x, residual = layer(x, residual, context)
+        x, residual = (last if context.needed_tokens is None else last.forward_last)(x, residual, context)  # type: ignore[operator]
         return self.norm(x, residual)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

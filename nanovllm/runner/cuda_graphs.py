@@ -37,6 +37,7 @@ class StepTensors:
     inverse_temperature: Tensor  # [S] float32, 0 for greedy
     keys: Tensor  # [S]
     plan: TritonPlan
+    needed_plan: TritonPlan | None  # of the tokens that draw, for the last layer; None where all do
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Bucket:
             ("keys", (samples,)),
             ("decode_items", (self.num_decode_items, ITEM_FIELDS)),
             ("prompt_items", (self.num_prompt_items, ITEM_FIELDS)),
+            ("needed_items", (0 if self.is_decode else self.num_decode_items, ITEM_FIELDS)),
         ]
 
 
@@ -107,7 +109,28 @@ class CudaGraphs:
     def _mixed_bucket(self, num_tokens: int, num_samples: int, extra: int) -> Bucket:
         return Bucket(num_tokens, num_samples, num_tokens // self.backend.prompt_tile + num_samples, num_samples + extra)
 
-    # --- capture
+    # --- before and while capturing
+
+    def peak_bytes(self) -> int:
+        """What the largest step takes beside weights and caches: measured, by running one of padding."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self.run_padding(self.mixed_buckets[-1])
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()  # or what is free would look smaller than it is
+        return peak
+
+    def warm_up(self) -> None:
+        """Compile every variant of the kernels: they differ by the number of tokens."""
+        for bucket in [*self.decode_buckets[:4], *self.mixed_buckets]:
+            self.run_padding(bucket)
+        torch.cuda.synchronize(self.device)
+
+    def run_padding(self, bucket: Bucket) -> None:
+        tensors = self._views(bucket, torch.from_numpy(self._empty(bucket)[0]).to(self.device))
+        self.forward_step(tensors, torch.zeros(bucket.num_samples, dtype=torch.int64, device=self.device))
 
     def capture_all(self) -> None:
         """Smallest first. Running out of memory drops the larger buckets; another failure drops them all."""
@@ -157,8 +180,10 @@ class CudaGraphs:
             parts[name] = buffer[offset : offset + size].view(shape)
             offset += size
         plan = TritonPlan(self.block_tables, parts.pop("decode_items"), parts.pop("prompt_items"))
+        needed_items = parts.pop("needed_items")
+        needed_plan = None if bucket.is_decode else TritonPlan(self.block_tables, needed_items, needed_items[:0])
         parts["inverse_temperature"] = parts["inverse_temperature"].view(torch.float32)
-        return StepTensors(**parts, plan=plan)
+        return StepTensors(**parts, plan=plan, needed_plan=needed_plan)
 
     # --- replay
 
@@ -198,10 +223,13 @@ class CudaGraphs:
         parts["sample_tokens"][:num_samples] = ends[chunks] - 1
         parts["sample_rows"][:num_samples] = rows[chunks]
         parts["sample_positions"][:num_samples] = (starts + lengths)[chunks]
-        one = lengths == 1
+        one, extra = lengths == 1, self.backend.max_extra_items
         if one.any():
-            items = plan_decodes(starts[one], first_tokens[one], rows[one], self.backend.max_extra_items)
+            items = plan_decodes(starts[one], first_tokens[one], rows[one], extra)
             parts["decode_items"][: len(items)] = items
+        if num_samples and len(parts["needed_items"]):
+            items = plan_decodes((starts + lengths - 1)[chunks], np.arange(num_samples), rows[chunks], extra)
+            parts["needed_items"][: len(items)] = items
         if not one.all():
             many = ~one
             items = plan_prompts(starts[many], lengths[many], first_tokens[many], rows[many], self.backend.prompt_tile)

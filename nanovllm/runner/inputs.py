@@ -31,6 +31,14 @@ class StepInputs:
     attention: AttentionInputs
     query_start: np.ndarray  # [num_chunks + 1] int64, on the host
 
+    def last_tokens(self, chunks: list[int]) -> tuple[Tensor, AttentionInputs]:
+        """The last tokens of these chunks: their places, [len(chunks)] int64, and them as a step of their own."""
+        every = self.attention
+        ends = [every.starts[chunk] + every.lengths[chunk] for chunk in chunks]
+        rows = [every.rows[chunk] for chunk in chunks]
+        alone = AttentionInputs([end - 1 for end in ends], [1] * len(chunks), rows, every.block_tables)
+        return torch.from_numpy(self.query_start[1:][chunks] - 1).to(self.positions.device), alone
+
 
 def build_inputs(batch: ScheduledBatch, state: RowState, block_size: int) -> StepInputs:
     device = state.token_ids.device

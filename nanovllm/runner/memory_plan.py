@@ -6,12 +6,20 @@ Made before a weight is read, so that what cannot fit is refused in the first se
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nanovllm.config import EngineConfig
 from nanovllm.errors import NotEnoughMemory
 from nanovllm.model_spec import ModelSpec
 
 MiB = 1 << 20
+
+
+class Measured(NamedTuple):
+    """Bytes that the engine holds without a KV cache."""
+
+    weights: int  # and rows, tables, the library's own
+    activations: int  # of the largest step, and of its graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +37,7 @@ class MemoryPlan:
     num_blocks: int
     max_model_len: int  # tokens
     asked: str  # which options decided
+    is_measured: bool = False  # else computed from the shapes
 
     @property
     def num_cached_tokens(self) -> int:
@@ -38,10 +47,10 @@ class MemoryPlan:
         """A table for people."""
         lines = (
             ("memory of the device", self.total, ""),
-            ("free now", self.free, ""),
+            ("used by others", self.total - self.free, ""),
             ("budget of the engine", self.budget, f"asked: {self.asked}"),
-            ("weights", self.weights, ""),
-            ("activations, at most", self.activations, ""),
+            ("weights", self.weights, "measured, with rows and workspaces" if self.is_measured else ""),
+            ("activations, at most", self.activations, "measured, with graphs" if self.is_measured else ""),
             ("rows of sequences", self.rows, ""),
             ("KV cache", self.kv_cache, f"{self.num_blocks} blocks of {self.block_size} = {self.num_cached_tokens} tokens"),
         )
@@ -52,14 +61,25 @@ class MemoryPlan:
 
 
 def plan_memory(
-    spec: ModelSpec, config: EngineConfig, *, bytes_per_value: int, total: int, free: int, max_default_kv: int | None
+    spec: ModelSpec,
+    config: EngineConfig,
+    *,
+    bytes_per_value: int,
+    total: int,
+    free: int,
+    max_default_kv: int | None,
+    measured: Measured | None = None,
 ) -> MemoryPlan:
-    """Divide the budget of a resolved config. Raises `NotEnoughMemory` naming the option that would help, and its value."""
+    """Divide the budget of a resolved config. Raises `NotEnoughMemory` naming the option that would help, and its value.
+
+    `free` is what was free before the engine took anything. Called with arithmetic before a weight is read, and again
+    with what was measured after, where the device can tell.
+    """
     share = config.gpu_memory_utilization or 1.0
     budget = min(int(total * share), free)
-    weights, activations = _weight_bytes(spec, bytes_per_value), _activation_bytes(spec, config, bytes_per_value)
+    weights, activations = measured or (_weight_bytes(spec, bytes_per_value), _activation_bytes(spec, config, bytes_per_value))
     limit = config.max_model_len or spec.max_position
-    rows = (config.max_num_seqs + 1) * (limit + 1 + limit // (config.block_size or 1)) * 4
+    rows = 0 if measured else (config.max_num_seqs + 1) * (limit + 1 + limit // (config.block_size or 1)) * 4
     fixed = weights + activations + rows
     per_block = spec.kv_bytes_per_token(bytes_per_value) * (config.block_size or 1)
     num_blocks = _num_blocks(config, limit, per_block, max(0, budget - fixed), max_default_kv)
@@ -80,6 +100,7 @@ def plan_memory(
         num_blocks,
         max_model_len,
         _asked(config, share),
+        measured is not None,
     )
 
 

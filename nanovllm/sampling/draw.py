@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.draw_top_p import draw_within_top_p
+from nanovllm.kernels.triton_language import use_kernel
 from nanovllm.kernels.upload import upload
 from nanovllm.sampling import filters
 from nanovllm.sampling.gumbel import exponential_noise
@@ -89,6 +91,8 @@ def draw(scores: Tensor, group: Group, hashes: Tensor, keys: Tensor) -> Tensor:
         return filters.argmax(scores)
     if group.method >= WITHIN_SMALL_TOP_K:
         return _draw_within_top_k(scores, group, hashes, keys)
+    if group.method == WITHIN_TOP_P and use_kernel("draw_top_p", scores):
+        return draw_within_top_p(scores, group.inverse_temperature, group.top_p, group.min_p, keys)
     blocks = filters.row_blocks(scores)
     return torch.cat([_draw_from_block(scores[lines], group[lines], hashes, keys[lines]) for lines in blocks])
 

@@ -2,7 +2,8 @@
 
 Pure functions of tensors. All of them agree on one order of the vocabulary, "more likely first, the lower id among
 equals", and on `relative_weights`, the probabilities up to a factor, so the vocabulary is never sorted nor normalised.
-Only `winner_within_top_p` waits for the device. What wins is decided by the noise of `gumbel.py`.
+Only `winner_within_top_p` waits for the device, and on a GPU `kernels/draw_top_p.py` runs in its place. What wins is
+decided by the noise of `gumbel.py`.
 """
 
 from __future__ import annotations

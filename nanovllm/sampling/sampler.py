@@ -3,7 +3,7 @@
 Edits (`penalties.py`), then temperature, filters and draw (`draw.py`); log-probabilities beside it (`logprobs.py`). A
 batch costs only what its rows ask for: all greedy is one argmax. What a row draws depends on its logits, parameters,
 seed and position alone, never on its neighbours. This is the specification for faster kernels, and what runs on a CPU.
-Only top-p without top-k waits for the device. Knows rows, not sequences or requests.
+Knows rows, not sequences or requests.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, build_groups
 from nanovllm.sampling.gumbel import draw_keys, stream_of, token_hashes
 from nanovllm.sampling.logprobs import BatchLogprobs, sampled_logprobs
 from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits, grammar_masks
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.structured.base import Matchers
 
 # One line per row, so that the operands of a batch are one indexing away. num_logprobs is -1 for none.
@@ -68,6 +69,15 @@ class Sampler:
         is_plain = columns["method"] <= FROM_ALL
         is_plain &= (columns["min_p"] == 0) & ~columns["has_edits"] & (columns["num_logprobs"] < 0)
         return columns["inverse_temperature"], draw_keys(columns["stream"], positions), bool(is_plain.all())
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile the kernels that only some requests need."""
+        logits = torch.zeros(1, self._vocab_size, dtype=dtype, device=self._device)
+        for min_p in (0.0, 0.1):
+            limits = np.array([limits_of(SamplingParams(top_p=0.9, min_p=min_p), self._vocab_size)], dtype=np.dtype(LIMITS))
+            group = build_groups(limits, self._device)[0]
+            for scores in (logits, logits.float()):  # edited logits may be float32
+                draw(scores, group, self._hashes, torch.zeros(1, dtype=torch.int32, device=self._device))
 
     def sample(
         self, logits: Tensor, rows: list[int], positions: list[int], token_table: Tensor, matchers: Matchers | None = None

@@ -32,26 +32,42 @@ async def read_body(request: Request, options: ServerOptions) -> bytes:
         raise _too_large(options)
     if request.headers.get("content-encoding", "identity") != "identity":
         raise HttpError(415, "content-encoding is not supported: send the body as it is", code="unsupported_encoding")
-    try:
-        return await asyncio.wait_for(_receive_body(request, options), options.body_timeout_s or None)
-    except asyncio.TimeoutError:
-        message = f"the body did not arrive within body_timeout_s={options.body_timeout_s:g}"
-        raise HttpError(408, message, code="body_timeout", headers={"Connection": "close"}) from None
-
-
-async def _receive_body(request: Request, options: ServerOptions) -> bytes:
     chunks, size, more = [], 0, True
-    while more:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > options.max_body_bytes:
-            raise _too_large(options)
-        chunks.append(chunk)
-        more = message.get("more_body", False)
+    with _Alarm(options.body_timeout_s):
+        while more:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > options.max_body_bytes:
+                raise _too_large(options)
+            chunks.append(chunk)
+            more = message.get("more_body", False)
     return b"".join(chunks)
+
+
+class _Alarm:
+    """408 when the block takes longer. Most bodies are there already, and `asyncio.wait_for` would start a task for each."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._has_rung = seconds, False
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._ring) if self._seconds else None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._has_rung and kind is asyncio.CancelledError:
+            message = f"the body did not arrive within body_timeout_s={self._seconds:g}"
+            raise HttpError(408, message, code="body_timeout", headers={"Connection": "close"}) from None
+
+    def _ring(self) -> None:
+        self._has_rung = True
+        if self._task is not None:
+            self._task.cancel()
 
 
 def _too_large(options: ServerOptions) -> HttpError:

@@ -51,7 +51,7 @@ class Server:
         facts = engine.facts
         self.engine, self.options = engine, options
         self.limits = options  # those of now: an admin may have changed some
-        self.model_name = options.served_model_name or facts.model or DEFAULT_MODEL_NAME
+        self.model_name = served_name(options, facts.model)
         self.started_at = int(time.time())
         self.metrics = Metrics(facts.max_model_len)
         self.is_draining = False
@@ -101,7 +101,7 @@ class Server:
         name = request_id or f"{request.state.request_id}-{next(self._numbers)}"
         ticket = self._enter(key, priority, params.n, self._most_tokens(prompt, params))
         record = self.metrics.begin(params)
-        request.state._state.setdefault("records", []).append(record)
+        request.scope["state"].setdefault("records", []).append(record)
         late = _QueueTimer(self, ticket, name)
         error: BaseException | None = None
         try:
@@ -278,7 +278,7 @@ class Server:
 
     def _gone(self, request: Request) -> asyncio.Future[None]:
         """Done when the client has closed the connection. One watcher per request; the body must have been read."""
-        state = request.state._state
+        state = request.scope["state"]
         if "gone" not in state:
             state["gone"] = asyncio.ensure_future(_until_disconnect(request))
         return state["gone"]
@@ -358,6 +358,11 @@ async def _last(stream: AsyncIterator[GenerationOutput]) -> GenerationOutput:
 async def _until_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def served_name(options: ServerOptions, model: str | None) -> str:
+    """What clients call the model."""
+    return options.served_model_name or model or DEFAULT_MODEL_NAME
 
 
 def _capacity(max_num_seqs: int, share: float) -> int:

@@ -18,15 +18,16 @@ import msgspec
 from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.log import configure_logging
 from nanovllm.server.app import create_app
+from nanovllm.server.lifetime import bind_tcp, run_app, run_process, settle_memory
 from nanovllm.server.options import ServerOptions
-from nanovllm.server.serve import FrontEndSetup, run_app
+from nanovllm.server.serve import FrontEndSetup
 from nanovllm.server.shared import SharedFolder
 
 
 def main() -> int:
     configure_logging()
     setup = msgspec.json.decode(sys.stdin.buffer.readline(), type=FrontEndSetup)
-    return asyncio.run(run(setup))
+    return run_process(lambda: run(setup))
 
 
 async def run(setup: FrontEndSetup) -> int:
@@ -35,6 +36,7 @@ async def run(setup: FrontEndSetup) -> int:
     try:
         app = create_app(engine, options, shared=SharedFolder(Path(setup.folder), setup.index))
         listener = _listen(setup, options)
+        settle_memory()
         asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _parent_has_gone)
         return await run_app(app, listener, on_listening=_say_listening, on_drain=lambda: os.kill(os.getppid(), signal.SIGTERM))
     finally:
@@ -54,11 +56,7 @@ def _listen(setup: FrontEndSetup, options: ServerOptions) -> socket.socket:
     if setup.listener_fd is not None:
         return socket.socket(fileno=os.dup(setup.listener_fd))
     family, _, _, _, address = socket.getaddrinfo(options.host, setup.port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    listener.bind(address)
-    return listener
+    return bind_tcp(family, address, is_shared=True)
 
 
 if __name__ == "__main__":

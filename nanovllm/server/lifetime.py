@@ -8,12 +8,14 @@ engine came to be; `serve.py` does.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import resource
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from nanovllm.errors import ConfigError
@@ -23,6 +25,7 @@ from nanovllm.server.http import HttpServer, make_http_server
 from nanovllm.server.options import ServerOptions
 
 DEAD_LINGER_S = 1.0  # how long a server says that its engine is dead, before it exits
+OTHER_FILES = 256  # besides connections
 LAST_ANSWERS_S = 3.0  # for requests that the end of a drain has stopped
 
 
@@ -48,8 +51,40 @@ async def run_app(
     finally:
         for helper in helpers:
             helper.cancel()
+        app.server.close()
         await asyncio.to_thread(app.server.close)
     return stopper.status
+
+
+def run_process(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    """`asyncio.run`, on uvloop where there is one."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main())
+    return uvloop.run(main())
+
+
+def settle_memory() -> None:
+    """What is loaded by now stays: the collector need not look at it again, and it comes round less often.
+
+    With thousands of open requests its rounds took more time than everything else together (tests/server/test_load.py).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
+def allow_open_files(max_connections: int) -> None:
+    """Every connection is an open file, and the usual limit of a shell, 1024, is less than `max_connections`."""
+    wanted = max_connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+    if allowed < wanted:
+        logger.warning("max_connections=%d, but this user may have only %d open files (ulimit -Hn)", max_connections, hard)
 
 
 class Stopper:
@@ -108,15 +143,25 @@ def bind(options: ServerOptions) -> socket.socket:
         if options.uds is not None:
             return _bind_unix(options.uds)
         family, _, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if options.num_frontends > 1:
             _refuse_taken_port(family, address)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind(address)
-        return listener
+        return bind_tcp(family, address, is_shared=options.num_frontends > 1)
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"cannot listen on {options.uds or f'{options.host}:{options.port}'}: {error}") from error
+
+
+def bind_tcp(family: int, address: Any, is_shared: bool) -> socket.socket:
+    """`is_shared`: other processes of this user may bind the same port, and connections are spread over them."""
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def _bind_unix(path: str) -> socket.socket:
@@ -124,6 +169,9 @@ def _bind_unix(path: str) -> socket.socket:
     before = os.umask(0o177)  # for this user alone
     try:
         listener.bind(path)
+    except OSError:
+        listener.close()
+        raise
     finally:
         os.umask(before)
     return listener

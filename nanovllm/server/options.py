@@ -35,7 +35,7 @@ class ServerOptions:
     drain_timeout_s: float = 30.0  # seconds that open requests have after SIGTERM
     stalled_client_timeout_s: float = 30.0  # seconds that a client may take nothing of its answer; then it is aborted
     body_timeout_s: float = 30.0  # seconds for a request's headers and body to arrive
-    max_connections: int = 20000  # open connections; more are answered 503
+    max_connections: int = 20000  # open connections of one front end; more are answered 503
     max_stream_buffer: int = 262144  # bytes of a stream that wait for a slow client; it reads on when they are taken
 
     # --- size

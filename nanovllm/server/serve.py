@@ -15,7 +15,6 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ import msgspec
 from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.errors import ConfigError
 from nanovllm.log import logger
-from nanovllm.server.app import App, create_app
+from nanovllm.server.app import create_app
 from nanovllm.server.auth import Keyring
-from nanovllm.server.lifetime import bind, run_app
+from nanovllm.server.context import served_name
+from nanovllm.server.lifetime import allow_open_files, bind, run_app, run_process, settle_memory
 from nanovllm.server.options import ServerOptions
 
 YOUNG_S = 5.0  # a front end that dies younger than this would do it again
@@ -35,25 +35,15 @@ YOUNG_S = 5.0  # a front end that dies younger than this would do it again
 def serve(options: ServerOptions, engine_options: dict[str, Any]) -> int:
     """Run until a signal or the death of the engine; returns the exit status. Raises `ConfigError`, `ModelError`."""
     keyring = Keyring.load(options)  # before anything takes time
+    allow_open_files(options.max_connections)
     listener = bind(options)
     run = _serve_alone if options.num_frontends == 1 else _serve_with_front_ends
     try:
-        if sys.version_info >= (3, 11) and (factory := _loop_factory()) is not None:
-            with asyncio.Runner(loop_factory=factory) as runner:
-                return runner.run(run(options, engine_options, keyring, listener))
-        return asyncio.run(run(options, engine_options, keyring, listener))
+        return run_process(lambda: run(options, engine_options, keyring, listener))
     finally:
         listener.close()
         if options.uds is not None:
             Path(options.uds).unlink(missing_ok=True)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 # --- one process
@@ -63,7 +53,8 @@ async def _serve_alone(options: ServerOptions, engine_options: dict[str, Any], k
     engine = await AsyncEngine.start(**engine_options)
     try:
         app = create_app(engine, options, keyring)
-        return await run_app(app, listener, on_listening=lambda: announce(options, app, listener))
+        settle_memory()
+        return await run_app(app, listener, on_listening=lambda: announce(options, engine, keyring, listener))
     finally:
         await engine.close()
 
@@ -88,10 +79,9 @@ async def _serve_with_front_ends(
     engine = await AsyncEngine.start(**engine_options)
     folder = Path(tempfile.mkdtemp(prefix="nanovllm-"))  # 0700
     try:
-        app = create_app(engine, options, keyring, routes=[])  # for its words only: this process speaks no HTTP
         family = FrontEnds(engine, options, listener, folder)
         await family.start()
-        announce(options, app, listener)
+        announce(options, engine, keyring, listener)
         return await family.run()
     finally:
         await engine.close()
@@ -109,8 +99,7 @@ class FrontEnds:
     async def start(self) -> None:
         if self.options.uds is not None:
             self.listener.listen(2048)
-        for index in range(self.options.num_frontends):
-            await self._start_one(index)
+        await asyncio.gather(*(self._start_one(index) for index in range(self.options.num_frontends)))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._pass_on, number)
@@ -128,12 +117,13 @@ class FrontEnds:
             pass_fds=() if fd is None else (fd,),
             start_new_session=True,  # Ctrl-C reaches this process, which passes it on
         )
-        assert process.stdin is not None and process.stdout is not None
+        self.processes[index] = process  # at once: a signal is for those that start, too
+        if process.stdin is None or process.stdout is None:
+            raise RuntimeError("a process without pipes")
         process.stdin.write(msgspec.json.encode(setup) + b"\n")
         await process.stdin.drain()
-        if await process.stdout.readline() != b"listening\n":
+        if await process.stdout.readline() != b"listening\n" and not self._is_stopping:
             raise ConfigError(f"front end {index} did not start; its reason is above")
-        self.processes[index] = process
 
     async def run(self) -> int:
         """Until all have ended. 0 after a drain, 1 when the engine died or a front end cannot stay up."""
@@ -145,7 +135,7 @@ class FrontEnds:
             started = time.monotonic()
             status = await self.processes[index].wait()
             if self._is_stopping or not self.engine.is_alive:
-                return status if status in (0, 1) else 1
+                return 0 if status in (0, -signal.SIGTERM) else 1  # the latter: it had not even begun
             logger.error("front end %d ended with status %d", index, status)
             if time.monotonic() - started < YOUNG_S:
                 self._pass_on(signal.SIGTERM)
@@ -162,14 +152,14 @@ class FrontEnds:
 # --- words
 
 
-def announce(options: ServerOptions, app: App, listener: socket.socket) -> None:
-    """The line that people and scripts wait for."""
-    facts, server = app.server.engine.facts, app.server
+def announce(options: ServerOptions, engine: AsyncEngine, keyring: Keyring, listener: socket.socket) -> None:
+    """The line that people and scripts wait for; the memory plan has been logged before."""
+    facts, name = engine.facts, served_name(options, engine.facts.model)
     place = f"unix:{options.uds}" if options.uds is not None else _url(listener)
-    keys = "keys are asked for" if Keyring.load(options).has_user_keys else "no keys"
+    keys = "with keys" if keyring.has_user_keys else "without keys"
     logger.info(
         "serving %s at %s (%s): %s, %s; context of %d tokens, %d KV blocks of %d tokens, %d sequences at once, %d front end(s)",
-        *(server.model_name, place, keys, facts.device, facts.dtype, facts.max_model_len, facts.num_kv_blocks, facts.block_size),
+        *(name, place, keys, facts.device, facts.dtype, facts.max_model_len, facts.num_kv_blocks, facts.block_size),
         *(facts.max_num_seqs, options.num_frontends),
     )
 

@@ -14,7 +14,10 @@ from nanovllm.attention.torch_reference import TorchAttention
 from nanovllm.attention.triton_paged import TritonAttention
 from nanovllm.kernels import activation, one_token, rms_norm
 from nanovllm.kernels.draw_token import draw_tokens
+from nanovllm.kernels.draw_top_p import draw_within_top_p
 from nanovllm.kernels.gather_inputs import gather_inputs
+from nanovllm.kernels.late_compiles import watch_compiles
+from nanovllm.sampling import filters
 from nanovllm.sampling.gumbel import draw_keys, exponential_noise, stream_of, token_hashes
 
 pytestmark = pytest.mark.gpu
@@ -188,3 +191,29 @@ def test_gather_inputs_looks_up_tokens_and_slots(device):
     ids, slots = gather_inputs(rows, torch.tensor([7, 19, 0, 4], dtype=torch.int32, device=device), tokens, blocks, 4)
     assert ids.tolist() == [47, 19, 0, 24]
     assert slots.tolist() == [8 * 4 + 3, 9 * 4 + 3, -1, 2 * 4]
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0, 12.0])
+@pytest.mark.parametrize("has_min_p", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_top_p_draws_the_tokens_of_the_twin(device, dtype, has_min_p, scale):
+    num_rows, vocab_size = 64, 49_157
+    logits = (torch.randn(num_rows, vocab_size, device=device) * scale).to(dtype)
+    inverse, top_p = torch.rand(num_rows, 1, device=device) + 0.5, torch.rand(num_rows, 1, device=device) * 0.98 + 0.01
+    min_p = torch.rand(num_rows, 1, device=device) * 0.1 if has_min_p else None
+    keys = torch.randint(-(2**31), 2**31 - 1, (num_rows,), dtype=torch.int32, device=device)
+    weights = filters.relative_weights(logits, inverse)
+    if min_p is not None:
+        filters.drop_below_min_p(weights, min_p)
+    race = weights / exponential_noise(token_hashes(vocab_size).to(device), keys)
+    expected = filters.winner_within_top_p(logits, weights, race, top_p)
+    actual = draw_within_top_p(logits, inverse, top_p, min_p, keys)
+    assert (actual != expected).sum() <= 1, "only a sum at the very edge of the nucleus may round otherwise"
+    assert len(set(actual.tolist())) > 5 or scale > 3
+
+
+def test_late_compiles_are_noticed(device):
+    names = watch_compiles()
+    x = torch.randn(3, 8 * 41, device=device)  # a size that nothing else has
+    rms_norm.rms_norm(x, torch.ones(8 * 41, device=device), 1e-6)
+    assert len(names) == 1 and "norm" in names[0]

@@ -141,10 +141,12 @@ class Driver:
         self.model = model
         self.runner = make_runner(model, **sizes)
         self.result: StepResult | None = None
-        self._hidden: list[Tensor] = []
+        self.hidden: list[Tensor] = []
         self._num_steps = 0
         self._news: dict[str, list[Any]] = {"seats": [], "block_updates": []}
-        model.register_forward_hook(lambda module, inputs, output: self._hidden.append(output))
+        self.sees_all = True  # else the last layer is computed only for tokens that draw, as usual
+        model.register_forward_pre_hook(self._ask_for_all)
+        model.register_forward_hook(lambda module, inputs, output: self.hidden.append(output))
 
     def seat(
         self,
@@ -167,5 +169,9 @@ class Driver:
         self._news = {"seats": [], "block_updates": []}
         self.result = self.runner.run(batch).result()
         with torch.inference_mode():
-            logits = self.model.compute_logits(self._hidden[-1])
-        return list(logits.clone().split(lengths))
+            logits = self.model.compute_logits(self.hidden[-1])
+        return list(logits.clone().split(lengths)) if self.sees_all else [logits.clone()]
+
+    def _ask_for_all(self, module: Any, inputs: tuple[Any, ...]) -> None:
+        if self.sees_all:
+            inputs[1].needed_tokens = None

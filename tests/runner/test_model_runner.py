@@ -160,3 +160,23 @@ def test_a_bfloat16_model_keeps_its_cache_in_bfloat16():
     run.step((0, 39, 1), sampled=[0])
     assert all(cache.dtype == torch.bfloat16 for cache in run.runner.kv_caches)
     assert run.result.token_ids[0][0] in toy().logits(PROMPT)[-1].topk(3).indices
+
+
+class TestTheLastLayer:
+    @pytest.mark.parametrize("sampled", [[], [0], [1], [0, 2], [0, 1, 2]], ids=str)
+    def test_is_computed_only_for_tokens_that_draw_and_draws_the_same(self, sampled: list[int]):
+        results = []
+        for sees_all in (True, False):
+            run = driver()
+            run.seat(6, PROMPT, list(range(11)))
+            run.seat(2, OTHER, list(range(20, 31)))
+            run.seat(4, OTHER[:9], list(range(40, 43)))
+            run.step((2, 0, 15))
+            run.sees_all = sees_all
+            run.step((6, 0, 40), (2, 15, 1 + 24 * (1 in sampled)), (4, 0, 9), sampled=sampled)
+            assert len(run.hidden[-1]) == (50 + 24 * (1 in sampled) if sees_all else len(sampled))
+            results.append(run.result.token_ids)
+            run.sees_all = True
+            (logits,) = run.step((6, 39, 1))  # the keys and values of every token were written
+            torch.testing.assert_close(logits[0], toy().logits(PROMPT)[-1], rtol=0, atol=1e-4)
+        assert results[0] == results[1] and len(results[0]) == len(sampled)

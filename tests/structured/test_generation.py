@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Callable
@@ -44,9 +43,9 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 def test_texts_validate_against_their_schemas(llm):
     """Drawn at temperature 1, all in one batch."""
-    cases = list(itertools.product(SCHEMAS, range(2)))
+    cases = [(name, 7) for name in SCHEMAS]
     params = [
-        SamplingParams(temperature=1.0, seed=seed, max_tokens=80, structured=StructuredOutput("json_schema", SCHEMAS[name])) for name, seed in cases
+        SamplingParams(temperature=1.0, seed=seed, max_tokens=64, structured=StructuredOutput("json_schema", SCHEMAS[name])) for name, seed in cases
     ]  # fmt: skip
     outputs = llm.generate([prompt(llm, f"Write JSON: {name}") for name, _ in cases], params, use_tqdm=False)
     num_ended = 0
@@ -54,7 +53,7 @@ def test_texts_validate_against_their_schemas(llm):
         if output.completions[0].finish_reason == "stop":
             num_ended += 1
             jsonschema.validate(json.loads(output.text), SCHEMAS[name], format_checker=jsonschema.FormatChecker())
-    assert num_ended >= len(cases) - 2
+    assert num_ended >= len(cases) - 1
 
 
 @pytest.mark.parametrize(
@@ -69,8 +68,8 @@ def test_texts_validate_against_their_schemas(llm):
     ids=lambda value: value.kind if isinstance(value, StructuredOutput) else "",
 )  # fmt: skip
 def test_every_kind_of_form_is_kept(llm, structured: StructuredOutput, fits: Callable[[str], Any]):
-    requests = [greedy(structured), *(greedy(structured, temperature=1.2, seed=seed) for seed in range(3))]
-    for output in llm.generate([prompt(llm)] * 4, requests, use_tqdm=False):
+    requests = [greedy(structured), *(greedy(structured, temperature=1.2, seed=seed, max_tokens=40) for seed in range(2))]
+    for output in llm.generate([prompt(llm)] * 3, requests, use_tqdm=False):
         if structured.kind != "json_object" or output.completions[0].finish_reason == "stop":
             assert output.completions[0].finish_reason == "stop" and fits(output.text)
 
@@ -92,7 +91,7 @@ def naive_loop(llm: LLM, structured: StructuredOutput, max_tokens: int) -> list[
 
 @pytest.mark.parametrize("structured", [schema(**PERSON), StructuredOutput("regex", "[a-z ]{1,40}[.]")], ids=["schema", "regex"])
 def test_the_greedy_answer_is_that_of_a_naive_loop(llm, structured):
-    assert answer(llm, greedy(structured, max_tokens=16)).token_ids == naive_loop(llm, structured, 16)
+    assert answer(llm, greedy(structured, max_tokens=12)).token_ids == naive_loop(llm, structured, 12)
 
 
 def test_batch_mates_do_not_notice(llm):
@@ -109,16 +108,15 @@ def test_batch_mates_do_not_notice(llm):
 
 def test_texts_keep_their_form_through_preemptions_one_step_ahead():
     """That the tokens are the same is shown with a fake model, where rounding plays no part."""
-    rule = {"type": "array", "items": {"enum": [True, False, 7]}, "minItems": 3, "maxItems": 6}
+    form = r"(\d{2}-){5}\d{2}"
     with make_llm(num_kv_blocks=14, block_size=4, watermark=0.0, num_steps_ahead=1, max_num_seqs=4) as small:
-        requests = [greedy(schema(**rule), seed=seed, temperature=1.0, max_tokens=30) for seed in range(3)]
-        requests.append(greedy(None, max_tokens=30, ignore_eos=True))
+        requests = [greedy(StructuredOutput("regex", form), seed=seed, temperature=1.0, max_tokens=24) for seed in range(3)]
+        requests.append(greedy(None, max_tokens=24, ignore_eos=True))
         outputs = small.generate([f"Write JSON {i}:" for i in range(4)], requests, use_tqdm=False)
         assert sum(output.metrics.num_preemptions for output in outputs) > 0
         for output in outputs[:3]:
-            assert output.completions[0].finish_reason == "stop"
-            jsonschema.validate(json.loads(output.text), rule)
-        assert len(outputs[3].token_ids) == 30
+            assert output.completions[0].finish_reason == "stop" and re.fullmatch(form, output.text)
+        assert len(outputs[3].token_ids) == 24
         assert_nothing_is_held(small.engine)
 
 
