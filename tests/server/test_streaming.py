@@ -59,6 +59,9 @@ def test_deltas_add_up_however_often_one_looks(steps):
 def test_a_generation_that_failed_is_an_error():
     with pytest.raises(HttpError, match="the grammar broke") as caught:
         Deltas(1).take(make_output(finish_reason="error", stop_reason="the grammar broke"))
+    assert caught.value.status == 400
+    with pytest.raises(HttpError) as caught:
+        Deltas(1).take(make_output(finish_reason="error"))
     assert caught.value.status == 500
 
 
