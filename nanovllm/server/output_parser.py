@@ -28,7 +28,10 @@ class OutputParser:
     def push(self, text: str) -> list[Part]:
         if self._reasoning is None:
             return self._content(text)
-        return merge(self._route(self._reasoning.push(text)))
+        parts = self._route(self._reasoning.push(text))
+        if self._reasoning.is_over:
+            self._reasoning = None
+        return merge(parts)
 
     def finish(self) -> list[Part]:
         parts = self._route(self._reasoning.finish()) if self._reasoning is not None else []

@@ -6,7 +6,7 @@ parts is additive: neighbours of one kind may be merged, and how often a stream 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -45,8 +45,10 @@ class ToolCallArguments:
 Part = Text | Reasoning | ToolCallStart | ToolCallArguments
 
 
-def merge(parts: Iterable[Part]) -> list[Part]:
+def merge(parts: Sequence[Part]) -> list[Part]:
     """The same parts with neighbours of one kind joined and empty ones dropped."""
+    if len(parts) == 1 and not (isinstance(parts[0], (Text, Reasoning)) and not parts[0].text):
+        return list(parts)
     merged: list[Part] = []
     for part in parts:
         last = merged[-1] if merged else None

@@ -29,9 +29,12 @@ class ReasoningSplitter:
         self._skips_space = False
         self._held = ""  # beginning of a mark, or whitespace before it
 
+    @property
+    def is_over(self) -> bool:
+        """All that follows is outside, unchanged."""
+        return self._state == "outside" and not self._skips_space
+
     def push(self, text: str) -> list[tuple[bool, str]]:
-        if self._state == "outside" and not self._skips_space:
-            return [(False, text)]
         text, self._held = self._held + text, ""
         if self._state == "start":
             text = self._start(text)

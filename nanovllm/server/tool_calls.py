@@ -56,6 +56,8 @@ class ToolCallParser:
         self._tail = ""  # after a call: the beginning of what ends the section
 
     def push(self, text: str) -> list[Part]:
+        if self._is_plain(text):
+            return [Text(text)]
         for start in range(0, len(text), CHUNK):
             chunk, position = text[start : start + CHUNK], 0
             while position < len(chunk):
@@ -70,6 +72,12 @@ class ToolCallParser:
             self._emit("" if self._is_announced and left.isspace() else left)
         self._held, self._section, self._read = "", [], self._in_text
         return self._take()
+
+    def _is_plain(self, text: str) -> bool:
+        """Nearly every token: text in which no mark and no whitespace before one can begin."""
+        if self._read != self._in_text or self._held or self._skips_space or not text or text[-1].isspace():
+            return False
+        return not any(mark[0] in text for mark in self._format.opens)
 
     # --- outside calls
 

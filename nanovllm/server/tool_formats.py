@@ -17,6 +17,7 @@ from nanovllm.sampling_params import StructuredOutput
 from nanovllm.server.call_reader import NAME
 
 MAX_DEPTH = 64  # of a tool's parameters
+MAX_PARALLEL_CALLS = 16  # that a grammar allows; without a bound a small model repeats itself until its tokens end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +118,9 @@ def tool_choice_constraint(
         return StructuredOutput("grammar", _hermes_grammar(_any_call(functions, key, "#"), may_repeat))
     if tool_format == "llama3_json":
         return StructuredOutput("json_schema", json.dumps(_any_call(functions, key, "#") | _COMPACT))
-    calls = {"type": "array", "items": _any_call(functions, key, "#/items"), "minItems": 1}
-    return StructuredOutput("json_schema", json.dumps(calls | ({} if may_repeat else {"maxItems": 1}) | _COMPACT))
+    num_calls = {"minItems": 1, "maxItems": MAX_PARALLEL_CALLS if may_repeat else 1}
+    calls = {"type": "array", "items": _any_call(functions, key, "#/items"), **num_calls, **_COMPACT}
+    return StructuredOutput("json_schema", json.dumps(calls))
 
 
 # No free whitespace: a small model under a grammar can write it without end.
@@ -150,7 +152,7 @@ def _chosen_name(tool_choice: Any) -> str | None:
 
 def _hermes_grammar(call: dict[str, Any], may_repeat: bool) -> str:
     """In llguidance's dialect of Lark, where `%json` stands for a schema."""
-    more = ' ("\\n" section)*' if may_repeat else ""
+    more = f' ("\\n" section){{0,{MAX_PARALLEL_CALLS - 1}}}' if may_repeat else ""
     schema = json.dumps(call | _COMPACT)
     return f'start: section{more}\nsection: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {schema}\n'
 

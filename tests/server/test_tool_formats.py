@@ -9,7 +9,13 @@ import pytest
 from nanovllm.errors import RequestError
 from nanovllm.server.output_parser import make_output_parser
 from nanovllm.server.parts import ToolCallArguments, ToolCallStart, merge
-from nanovllm.server.tool_formats import TOOL_FORMATS, describe_tools, detect_tool_format, tool_choice_constraint
+from nanovllm.server.tool_formats import (
+    MAX_PARALLEL_CALLS,
+    TOOL_FORMATS,
+    describe_tools,
+    detect_tool_format,
+    tool_choice_constraint,
+)
 
 FORMATS = sorted(TOOL_FORMATS)
 WEATHER = {
@@ -129,6 +135,8 @@ def test_parallel_calls_are_allowed_unless_refused_or_named(tool_format):
     assert accepts(tool_format, "required", two)
     assert not accepts(tool_format, "required", two, parallel=False)
     assert not accepts(tool_format, NAMED, write(tool_format, GOOD, GOOD))
+    assert accepts(tool_format, "required", write(tool_format, *[("now", {})] * MAX_PARALLEL_CALLS))
+    assert not accepts(tool_format, "required", write(tool_format, *[("now", {})] * (MAX_PARALLEL_CALLS + 1)))
 
 
 @pytest.mark.parametrize("tool_format", FORMATS)
