@@ -180,5 +180,7 @@ def write_tiny_model(folder: Path) -> Path:
         "model.layers.0.mlp.up_proj.weight": (64, 64),
         "model.layers.0.mlp.down_proj.weight": (64, 64),
     }
-    save_file({name: torch.randn(shape, generator=generator) * 0.5 for name, shape in shapes.items()}, folder / "model.safetensors")
+    save_file(
+        {name: torch.randn(shape, generator=generator) * 0.5 for name, shape in shapes.items()}, folder / "model.safetensors"
+    )
     return folder

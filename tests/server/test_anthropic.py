@@ -10,7 +10,12 @@ MODEL = "SmolLM2-135M-Instruct"
 WEATHER = {
     "name": "get_weather",
     "description": "The weather in a city",
-    "input_schema": {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"], "additionalProperties": False},
+    "input_schema": {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
 }
 
 
@@ -21,7 +26,9 @@ def client(live):
 
 
 def test_a_message(client):
-    message = client.messages.create(model=MODEL, max_tokens=8, messages=QUESTION, system="Be short.", extra_body={"temperature": 0})
+    message = client.messages.create(
+        model=MODEL, max_tokens=8, messages=QUESTION, system="Be short.", extra_body={"temperature": 0}
+    )
     (block,) = message.content
     assert block.type == "text" and "Paris" in block.text
     assert message.stop_reason in ("max_tokens", "end_turn") and message.role == "assistant"

@@ -291,10 +291,12 @@ def test_a_stream_of_a_completion_adds_up_to_the_whole(tiny):
     for expected in whole["choices"]:
         parts = [one for chunk in chunks for one in chunk["choices"] if one["index"] == expected["index"]]
         assert "".join(part["text"] for part in parts) == expected["text"]
-        assert sum((part["token_ids"] for part in parts), []) == expected["token_ids"]
+        assert [one for part in parts for one in part["token_ids"]] == expected["token_ids"]
         for name, values in expected["logprobs"].items():
-            assert sum((part["logprobs"][name] for part in parts), []) == pytest.approx(values) if name == "token_logprobs" else (
-                name in ("text_offset", "tokens", "top_logprobs")
+            assert (
+                [one for part in parts for one in part["logprobs"][name]] == pytest.approx(values)
+                if name == "token_logprobs"
+                else (name in ("text_offset", "tokens", "top_logprobs"))
             )
         assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
         assert parts[0]["prompt_token_ids"] == expected["prompt_token_ids"]
@@ -451,7 +453,12 @@ def test_tools(tiny):
         if call["function"]["name"] == "look":
             assert json.loads(call["function"]["arguments"]) == {"n": 7}
     two = '<tool_call>\n{"name": "look", "arguments": {"n": 7}}\n</tool_call>'
-    twice = {"guided_grammar": f"start: {json.dumps(two)} {json.dumps(two)}", "tools": [TOOL], "max_tokens": 80, "ignore_eos": False}
+    twice = {
+        "guided_grammar": f"start: {json.dumps(two)} {json.dumps(two)}",
+        "tools": [TOOL],
+        "max_tokens": 80,
+        "ignore_eos": False,
+    }
     assert len(choice(tiny, CHAT, **twice)["message"]["tool_calls"]) == 2
     assert len(choice(tiny, CHAT, **twice, parallel_tool_calls=False)["message"]["tool_calls"]) == 1
     assert choice(tiny, CHAT, **{**twice, "tools": None})["message"].keys() == {"role", "content"}

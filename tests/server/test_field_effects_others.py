@@ -124,7 +124,7 @@ def test_the_events_of_a_response(tiny):
     ]
     deltas = [event for event in events if event["type"] == "response.output_text.delta"]
     assert "".join(event["delta"] for event in deltas) == text_of(whole) == text_of(events[-1]["response"])
-    assert sum((event["logprobs"] for event in deltas), []) == logprobs
+    assert [one for event in deltas for one in event["logprobs"]] == logprobs
     assert blamed(tiny, top_logprobs=2) == "top_logprobs"
     assert blamed(tiny, include=["reasoning.encrypted_content"]).startswith("include")
 
@@ -289,7 +289,9 @@ def test_blocks_go_in_as_messages(tiny):
     without = {"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}
     assert post(tiny, COUNT, messages=turns, **without)["input_tokens"] != post(tiny, COUNT, messages=turns)["input_tokens"]
     prefilled = [*ASK["messages"], {"role": "assistant", "content": "Well"}]
-    assert post(tiny, COUNT, messages=prefilled)["input_tokens"] < post(tiny, COUNT, messages=[*prefilled, *turns])["input_tokens"]
+    assert (
+        post(tiny, COUNT, messages=prefilled)["input_tokens"] < post(tiny, COUNT, messages=[*prefilled, *turns])["input_tokens"]
+    )
     assert message(tiny, messages=prefilled)["content"][0]["text"]
     for kind in ("image", "document", "server_tool_use"):
         reply = tiny.post(MESSAGES, {**ASK, "messages": [{"role": "user", "content": [{"type": kind}]}]})
@@ -305,8 +307,17 @@ def test_blocks_go_in_as_messages(tiny):
 def test_sampling_and_events_of_messages(tiny):
     whole = message(tiny)
     text = whole["content"][0]["text"]
-    assert (whole["stop_reason"], whole["stop_sequence"], whole["type"], whole["role"]) == ("max_tokens", None, "message", "assistant")
-    assert message(tiny, temperature=1, top_k=1)["content"] == message(tiny, temperature=1, top_p=1e-6)["content"] == whole["content"]
+    assert (whole["stop_reason"], whole["stop_sequence"], whole["type"], whole["role"]) == (
+        "max_tokens",
+        None,
+        "message",
+        "assistant",
+    )
+    assert (
+        message(tiny, temperature=1, top_k=1)["content"]
+        == message(tiny, temperature=1, top_p=1e-6)["content"]
+        == whole["content"]
+    )
     stopped = message(tiny, stop_sequences=[text[4:7]])
     assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", text[4:7])
     assert message(tiny, metadata={"user_id": "zaphod-messages"}, service_tier="auto")["content"] == whole["content"]
@@ -331,7 +342,9 @@ def test_tools_thinking_and_form_of_messages(tiny):
         assert (block["type"], block["name"], block["input"], called["stop_reason"]) == ("tool_use", "look", {"n": 7}, "tool_use")
     events = tiny.post(MESSAGES, {**ASK, **free, "tool_choice": {"type": "tool", "name": "look"}, "stream": True}).events
     assert events[1]["content_block"] == {"type": "tool_use", "id": events[1]["content_block"]["id"], "name": "look", "input": {}}
-    assert json.loads("".join(event["delta"]["partial_json"] for event in events if event["type"] == "content_block_delta")) == {"n": 7}
+    assert json.loads("".join(event["delta"]["partial_json"] for event in events if event["type"] == "content_block_delta")) == {
+        "n": 7
+    }
     form = {"format": {"type": "json_schema", "schema": SCHEMA}}
     assert json.loads(message(tiny, max_tokens=40, output_config=form)["content"][0]["text"]) == {"n": 7}
     off = message(tiny, thinking={"type": "disabled"})["usage"]

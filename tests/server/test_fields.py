@@ -113,8 +113,14 @@ def _marks(file: Path) -> list[tuple[str, str]]:
     """(endpoint, field) of each `@pytest.mark.honours(endpoint, "field field ...")`."""
     found, constants = [], {}
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
-            constants |= {name.id: value.value for name, value in zip(target.elts, node.value.elts) if isinstance(value, ast.Constant)}
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(target := node.targets[0], ast.Tuple)
+            and isinstance(node.value, ast.Tuple)
+        ):
+            constants |= {
+                name.id: value.value for name, value in zip(target.elts, node.value.elts) if isinstance(value, ast.Constant)
+            }
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "honours":
             path, *names = [constants[one.id] if isinstance(one, ast.Name) else one.value for one in node.args]
             found += [(path, name) for text in names for name in text.split()]

@@ -40,7 +40,12 @@ def test_the_document_is_valid():
 
 
 def test_every_route_is_in_the_document():
-    routes = {(method.lower(), route.path.replace(":path", "")) for module in MODULES for route in module.routes for method in route.methods}
+    routes = {
+        (method.lower(), route.path.replace(":path", ""))
+        for module in MODULES
+        for route in module.routes
+        for method in route.methods
+    }
     assert {(one.method, one.path) for one in openapi.OPERATIONS} == {pair for pair in routes if pair[0] != "head"}
 
 
