@@ -27,7 +27,7 @@ from nanovllm.engine.policy import make_policy
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import ConfigError, InvalidPrompt, RequestError
 from nanovllm.executor.in_process import InProcessExecutor
-from nanovllm.kernels.late_compiles import watch_compiles
+from nanovllm.kernels.compiles import compile_ahead, watch_compiles
 from nanovllm.loaders.checkpoint import Checkpoint, open_checkpoint
 from nanovllm.loaders.load import load_weights
 from nanovllm.loaders.weight_source import WeightSource
@@ -330,6 +330,13 @@ def warm_up_gpu(
     limits = config.scheduler_limits
     graphs = runner.prepare_graphs(backend, limits.max_num_seqs, limits.max_num_batched_tokens)
     runner.kv_caches = [torch.zeros(backend.kv_cache_shape(1), dtype=dtype, device=platform.device)] * spec.num_layers
+
+    def run_all_kernels() -> None:
+        graphs.warm_up()
+        runner.sampler.warm_up(dtype)
+
+    compile_ahead(run_all_kernels)
+    watch.lap("kernels")
     activations = graphs.peak_bytes()
     taken = plan.free - platform.memory().free
     # The largest step's temporaries are there twice: the allocator keeps one set, the graphs' pool another.
@@ -337,9 +344,8 @@ def warm_up_gpu(
     plan = make_plan(config, spec, dtype, platform, DeviceMemory(plan.total, plan.free), measured)
     watch.lap("largest step")
     runner.kv_caches = make_kv_caches(platform, backend, plan, spec, dtype)
-    graphs.warm_up()
-    runner.sampler.warm_up(dtype)
-    watch.lap("kernels")
+    run_all_kernels()
+    watch.lap("first steps")
     if not config.enforce_eager:
         graphs.capture_all()
         runner.graphs = graphs

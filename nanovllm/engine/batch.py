@@ -69,10 +69,10 @@ class ScheduledBatch:
     starts: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     sampled_chunks: list[int] = field(default_factory=list)  # chunks that reach their sequence's end: they draw a token
-    matchers: dict[int, Matcher] = field(default_factory=dict)  # place in sampled_chunks -> whose mask that draw obeys
     seats: list[Seat] = field(default_factory=list)
     block_updates: list[BlockUpdate] = field(default_factory=list)
     block_copies: list[BlockCopy] = field(default_factory=list)
+    matchers: dict[int, Matcher] = field(default_factory=dict)  # place in sampled_chunks -> whose mask that draw obeys
 
     @property
     def num_tokens(self) -> int:

@@ -51,7 +51,7 @@ class ModelRunner:
         self.state = RowState(max_num_seqs, max_model_len, block_size, device)
         self.sampler = Sampler(model.spec.vocab_size, max_num_seqs, device)
         self.graphs: CudaGraphs | None = None
-        self.late_compiles: list[str] = []  # kernels compiled while serving; see kernels/late_compiles.py
+        self.late_compiles: list[str] = []  # kernels compiled while serving; see kernels/compiles.py
         self._prompt_logprobs: dict[int, Seat] = {}  # row -> who asked for them
         self._pooling = PromptPooling()
 

@@ -123,7 +123,7 @@ class CudaGraphs:
         return peak
 
     def warm_up(self) -> None:
-        """Compile every variant of the kernels: they differ by the number of tokens."""
+        """Run steps that need every variant of the kernels: they differ by the number of tokens."""
         for bucket in [*self.decode_buckets[:4], *self.mixed_buckets]:
             self.run_padding(bucket)
         torch.cuda.synchronize(self.device)

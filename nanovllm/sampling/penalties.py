@@ -7,7 +7,7 @@ because the latest may not have reached the host. The draw is in `sampler.py`; k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanovllm.engine.batch import RowSampling
 from nanovllm.kernels.upload import upload
-from nanovllm.structured.base import Matchers, fill_masks
+from nanovllm.structured.base import Matcher, Matchers, num_mask_words
 
 # Not -inf: masks that contradict each other (say min_tokens, and allowed_token_ids that are all stop tokens) leave the
 # allowed tokens equal to each other, and still above the rest. Any finite logit vanishes beside it in float32.
@@ -218,6 +218,15 @@ def grammar_masks(matchers: Matchers, vocab_size: int, device: torch.device) -> 
         batch.scores.index_copy_(0, lines, torch.minimum(scores, ceiling, out=scores))
 
     return keep_in_grammar
+
+
+def fill_masks(matchers: Iterable[Matcher], vocab_size: int) -> np.ndarray:
+    """[number of matchers, num_mask_words] int32; a set bit is an allowed token."""
+    matchers = list(matchers)
+    masks = np.zeros((len(matchers), num_mask_words(vocab_size)), dtype=np.int32)
+    for matcher, mask in zip(matchers, masks):
+        matcher.fill_mask(mask)
+    return masks
 
 
 def _unpack(masks: np.ndarray, vocab_size: int, device: torch.device) -> Tensor:

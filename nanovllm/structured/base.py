@@ -9,12 +9,13 @@ Knows no tensors, no requests and no scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol
-
-import numpy as np
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from nanovllm.sampling_params import StructuredOutput
+
+if TYPE_CHECKING:
+    import numpy as np  # takes as long to import as the whole scheduler
 
 BITS = 32  # tokens per word of a mask
 
@@ -49,13 +50,5 @@ class Grammar(Protocol):
 
 
 def num_mask_words(vocab_size: int) -> int:
+    """Token t is bit t % 32 of word t // 32."""
     return -(-vocab_size // BITS)
-
-
-def fill_masks(matchers: Iterable[Matcher], vocab_size: int) -> np.ndarray:
-    """[number of matchers, num_mask_words] int32; token t is allowed if bit t % 32 of word t // 32 is set."""
-    matchers = list(matchers)
-    masks = np.zeros((len(matchers), num_mask_words(vocab_size)), dtype=np.int32)
-    for matcher, mask in zip(matchers, masks):
-        matcher.fill_mask(mask)
-    return masks

@@ -179,8 +179,9 @@ def _translate(structured: StructuredOutput, library: Any) -> str:
     if structured.kind == "grammar":
         return library.grammar_from("grammar", structured.text)
     schema = structured.text if structured.kind == "json_schema" else '{"type": "object"}'
-    # Overrides, because a schema may carry options, and a lenient compiler ignores what it does not know.
-    return matcher.grammar_from_json_schema(schema, overrides={"lenient": False, "whitespace_pattern": JSON_WHITESPACE})
+    # A schema may carry options of llguidance, "x-guidance". Not this one: a lenient compiler ignores what it does not know.
+    defaults = {} if '"x-guidance"' in schema else {"whitespace_pattern": JSON_WHITESPACE}
+    return matcher.grammar_from_json_schema(schema, defaults=defaults, overrides={"lenient": False})
 
 
 def _first_part(message: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from nanovllm.model_spec import ModelSpec, RopeSpec
 from nanovllm.models.registry import find_family
 from nanovllm.parallel.group import ParallelGroup
 from nanovllm.platforms.base import select_platform
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SamplingParams, StructuredOutput
 
 pytestmark = pytest.mark.gpu
 SPEC = ModelSpec("Qwen3ForCausalLM", 3001, 256, 640, 4, 8, 4, 64, 1e-6, RopeSpec(10_000.0), 2048, qk_norm=True)
@@ -139,3 +140,35 @@ def test_every_batch_size_up_to_the_limit_has_a_graph():
 
 def test_bfloat16_runs_and_graphs_equal_eager():
     assert run(make(dtype="bfloat16")) == run(make(dtype="bfloat16", enforce_eager=True))
+
+
+class EveryThird:
+    """Allows the tokens whose number, plus that of the tokens so far, is a multiple of three."""
+
+    error = None
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+
+    def compile(self, structured, can_end_early=True):
+        return EveryThird()
+
+    def fill_mask(self, mask) -> None:
+        bits = (np.arange(mask.size * 32) + self.num_tokens) % 3 == 0
+        mask[:] = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def accept(self, token_id):
+        assert (token_id + self.num_tokens) % 3 == 0
+        self.num_tokens += 1
+
+
+def test_grammars_in_a_captured_step_give_the_tokens_of_the_eager_one():
+    ruled = SamplingParams(temperature=0, max_tokens=30, structured=StructuredOutput("json_object"))
+    params = [ruled if i % 2 else GREEDY[i] for i in range(len(PROMPTS))]
+    outputs = []
+    for eager in (False, True):
+        engine = make(enforce_eager=eager)
+        engine._door._grammar = EveryThird()
+        outputs.append(run(engine, params=params))
+    assert outputs[0] == outputs[1]
+    assert outputs[0][0] == run(make())[0], "a neighbour with a grammar changes nothing"

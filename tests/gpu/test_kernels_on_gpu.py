@@ -13,10 +13,10 @@ from nanovllm.attention.base import AttentionInputs, AttentionSpec, HeadNorm, Ro
 from nanovllm.attention.torch_reference import TorchAttention
 from nanovllm.attention.triton_paged import TritonAttention
 from nanovllm.kernels import activation, one_token, rms_norm
+from nanovllm.kernels.compiles import watch_compiles
 from nanovllm.kernels.draw_token import draw_tokens
 from nanovllm.kernels.draw_top_p import draw_within_top_p
 from nanovllm.kernels.gather_inputs import gather_inputs
-from nanovllm.kernels.late_compiles import watch_compiles
 from nanovllm.sampling import filters
 from nanovllm.sampling.gumbel import draw_keys, exponential_noise, stream_of, token_hashes
 

@@ -19,8 +19,8 @@ from test_tokenizer import byte_level_backend, sentencepiece_backend, unigram_ba
 
 from nanovllm import StructuredOutput
 from nanovllm.errors import InvalidGrammar
+from nanovllm.sampling.penalties import fill_masks
 from nanovllm.structured import llguidance_backend
-from nanovllm.structured.base import fill_masks
 from nanovllm.structured.llguidance_backend import LLGuidanceGrammar, LLGuidanceMatcher
 from nanovllm.tokenizer import Tokenizer
 from nanovllm.tokenizer_files import TokenizerParts
@@ -269,6 +269,14 @@ def test_without_llguidance_the_error_says_what_to_install(byte_level, monkeypat
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(InvalidGrammar, match=r"pip install 'nanovllm\[grammar\]'"):
         LLGuidanceGrammar(byte_level.tokenizer, byte_level.vocab_size, [byte_level.end]).compile(StructuredOutput("json_object"))
+
+
+def test_a_schema_may_say_how_it_is_spaced(byte_level):
+    compact = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+    spaced = schema(**PERSON, **compact)
+    texts = [byte_level.walk(spaced, seed) for seed in range(8)]
+    assert all(re.fullmatch(r'\{"name": "[^\n]*", "age": \d+\}', text) for text, reason in texts if reason == "stop")
+    assert sum(reason == "stop" for _, reason in texts) > 4
 
 
 def test_whitespace_between_the_parts_of_json_is_limited(byte_level):

@@ -11,9 +11,9 @@ from hypothesis import given, settings, strategies as st
 
 from nanovllm.engine.batch import RowSampling
 from nanovllm.sampling import penalties
+from nanovllm.sampling.penalties import fill_masks
 from nanovllm.sampling.sampler import Sampler
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.structured.base import fill_masks
 
 VOCAB_SIZE = 131
 

@@ -17,8 +17,8 @@ from support import VOCAB_SIZE, FakeExecutor, assert_nothing_is_held, drain, gre
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import InvalidGrammar
+from nanovllm.sampling.penalties import fill_masks
 from nanovllm.sampling_params import StructuredOutput
-from nanovllm.structured.base import fill_masks
 
 RULE = StructuredOutput("regex", "rule 3")  # the fake grammar reads the number
 
