@@ -196,7 +196,8 @@ def attend_prompts(query: Tensor, kv_cache: Tensor, out: Tensor, plan: TritonPla
     )
 
 
-@triton.jit
+# Items are part of a larger buffer in a captured step, and a tensor of their own in others: one kernel for both.
+@triton.jit(do_not_specialize_on_alignment=["item_ptr"])
 def _decode_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, table_ptr, item_ptr, partial_ptr, weight_ptr, arrival_ptr, table_stride,
     scale,
@@ -280,7 +281,7 @@ def _combine(
     return total / running_sum[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["item_ptr"])
 def _prompt_kernel(
     query_ptr, key_ptr, value_ptr, key_descriptor, value_descriptor, out_ptr, table_ptr, item_ptr, table_stride, scale,
     H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
