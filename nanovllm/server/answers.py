@@ -6,23 +6,30 @@ Owns the identity of an answer (id, time, model, fingerprint) and how its prompt
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import nanovllm
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import MAX_COUNT, SamplingParams
+from nanovllm.server.errors import BadField
 from nanovllm.server.logprobs import TokenNames
 from nanovllm.server.prompts import check_request_id
+from nanovllm.server.respond import json_response
 from nanovllm.server.streaming import Outputs
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+    from starlette.responses import Response
 
     from nanovllm.server.context import Server
+
+MAX_PROMPT_CANDIDATES = 2**20  # of all prompts of a request: about 100 MB while they are made
+MAX_CANDIDATES = 2**22  # of all completions of a request, if all become as long as they may
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +71,43 @@ def _fingerprint(*facts: str) -> str:
 def begin(
     server: Server, request: Request, prompts: Sequence[list[int]], params: SamplingParams, body: Any, identity: Identity
 ) -> list[Outputs]:
-    """One stream per prompt; nothing happens before they are read."""
+    """One stream per prompt; nothing happens before they are read. Raises `BadField` when an answer might be too large."""
+    _check_candidates(server, prompts, params)
     priority, salt = getattr(body, "priority", None) or 0, getattr(body, "cache_salt", None)
+    is_named = getattr(body, "request_id", None) is not None  # by the client; other names are unique by themselves
     return [
-        server.submit(request, prompt, params, priority=priority, cache_salt=salt, request_id=f"{identity.id}-{number}")
+        server.submit(
+            request,
+            prompt,
+            params,
+            priority=priority,
+            cache_salt=salt,
+            request_id=f"{identity.id}-{number}" if is_named else None,
+        )
         for number, prompt in enumerate(prompts)
     ]
+
+
+def _check_candidates(server: Server, prompts: Sequence[list[int]], params: SamplingParams) -> None:
+    """Log-probabilities are the one part of an answer that is far larger than what it tells about."""
+    if params.prompt_logprobs is not None:
+        number = sum(map(len, prompts)) * (params.prompt_logprobs + 1)
+        if number > MAX_PROMPT_CANDIDATES:
+            text = f"prompt_logprobs: {number} candidates for these prompts; at most {MAX_PROMPT_CANDIDATES} are sent"
+            raise BadField("prompt_logprobs", text)
+    if params.logprobs is not None:
+        max_tokens = min(params.max_tokens or MAX_COUNT, server.engine.facts.max_model_len)
+        number = len(prompts) * params.n * max_tokens * (params.logprobs + 1)
+        if number > MAX_CANDIDATES:
+            text = f"logprobs: up to {number} candidates; at most {MAX_CANDIDATES} are sent: ask for fewer tokens or candidates"
+            raise BadField("logprobs", text)
+
+
+async def whole_reply(params: SamplingParams, make: Callable[..., Any], *arguments: Any) -> Response:
+    """An answer in one piece. With log-probabilities it is made in a thread: there may be a million of them."""
+    if params.logprobs is None and params.prompt_logprobs is None:
+        return json_response(make(*arguments))
+    return await asyncio.to_thread(lambda: json_response(make(*arguments)))
 
 
 def token_names(server: Server, body: Any, params: SamplingParams) -> TokenNames:

@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server.answers import Identity, begin, token_names
+from nanovllm.server.answers import Identity, begin, token_names, whole_reply
 from nanovllm.server.completions import check_stream_options
 from nanovllm.server.conversation import Conversation, TurnReader, begin_conversation
 from nanovllm.server.errors import BadField
@@ -36,7 +36,6 @@ from nanovllm.server.protocol import (
     FunctionCallReply,
     ToolCallReply,
 )
-from nanovllm.server.respond import json_response
 from nanovllm.server.streaming import DONE, ChunkWriter, Delta, Deltas, Outputs, finished, merged, usage_of, usage_options
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
 
 PATH = "/v1/chat/completions"
 REFUSED = refused(PATH)
+MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 
 
 async def create_chat_completion(request: Request) -> Response:
@@ -69,15 +69,16 @@ async def create_chat_completion(request: Request) -> Response:
     if body.stream:
         return server.sse(request, answer.events(streams))
     outputs = await server.run(request, finished(streams))
-    return json_response(answer.whole(outputs[0]))
+    return await whole_reply(params, answer.whole, outputs[0])
 
 
 def _check(body: ChatRequest) -> None:
     check_stream_options(body)
     check_service(body.store, body.service_tier)
+    check_metadata(body.metadata)
     if body.modalities is not None and body.modalities != ["text"]:
         raise BadField("modalities", 'modalities: only ["text"] is supported')
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise BadField("top_logprobs", "top_logprobs needs logprobs=true")
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise BadField("max_tokens", "max_tokens and max_completion_tokens differ; send only max_completion_tokens")
@@ -88,6 +89,16 @@ def check_service(store: bool | None, service_tier: str | None, tiers: tuple[str
         raise BadField("store", "store=true is not supported: nothing is stored")
     if service_tier is not None and service_tier not in tiers:
         raise BadField("service_tier", f"service_tier={service_tier[:40]!r} does not exist here; there are {' and '.join(tiers)}")
+
+
+def check_metadata(metadata: dict[str, str] | None) -> None:
+    """OpenAI's limits."""
+    for key, value in (metadata or {}).items():
+        if len(key) > MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE:
+            text = f"keys have at most {MAX_METADATA_KEY} characters, values {MAX_METADATA_VALUE}"
+            raise BadField("metadata", f"metadata: {text}")
+    if len(metadata or ()) > MAX_METADATA:
+        raise BadField("metadata", f"metadata has {len(metadata or ())} entries; at most {MAX_METADATA} are allowed")
 
 
 async def _params(server: Server, body: ChatRequest, conversation: Conversation) -> SamplingParams:

@@ -16,14 +16,13 @@ from starlette.routing import Route
 
 from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server.answers import Identity, begin, token_names
+from nanovllm.server.answers import Identity, begin, token_names, whole_reply
 from nanovllm.server.errors import BadField
 from nanovllm.server.fields import refused
 from nanovllm.server.logprobs import completion_logprobs, joined, prompt_logprobs
 from nanovllm.server.params import make_params, structured_of
 from nanovllm.server.prompts import check_model, encode_prompt, read_prompts
 from nanovllm.server.protocol import CompletionChoice, CompletionRequest, CompletionResponse, GenerationFields, Usage
-from nanovllm.server.respond import json_response
 from nanovllm.server.streaming import DONE, ChunkWriter, Delta, Deltas, Outputs, finished, merged, usage_of, usage_options
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ async def create_completion(request: Request) -> Response:
     streams = begin(server, request, ids, params, body, identity)
     if body.stream:
         return server.sse(request, answer.events(streams))
-    return json_response(answer.whole(await server.run(request, finished(streams))))
+    return await whole_reply(params, answer.whole, await server.run(request, finished(streams)))
 
 
 async def _params(server: Server, body: CompletionRequest) -> SamplingParams:

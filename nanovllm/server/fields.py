@@ -149,7 +149,7 @@ CHAT = [
         include_reasoning="false: what stands between `<think>` and `</think>` is left out of the answer",
         documents="handed to the template; refused when the template does not read it",
         echo="the last message, when it is the assistant's, comes before the answer",
-        metadata="given back with the answer, not stored",
+        metadata="given back with the answer, not stored; up to 16 entries",
         store="only false: nothing is stored",
         service_tier="`auto` and `default`; there are no others",
         modalities='only `["text"]`',
@@ -204,7 +204,7 @@ RESPONSES = [
         parallel_tool_calls="false: calls after the first one are left out",
         reasoning="`effort`, when the template reads it; other keys are refused",
         include_reasoning="false: reasoning is left out of the answer",
-        metadata="given back with the answer, not stored",
+        metadata="given back with the answer, not stored; up to 16 entries",
         store="only false: nothing is stored",
         background="only false",
         truncation="only `disabled`: an input that is too long is a 400",
@@ -330,8 +330,9 @@ def render_page() -> str:
         "# Request fields",
         "",
         "Every field of vLLM's, OpenAI's and Anthropic's requests is honoured, or refused with a 400 that names it. A field",
-        'that is not in this table is refused as unknown. `null` always means "left out". Written by',
-        "`scripts/field_table.py` from `nanovllm/server/fields.py`; do not edit.",
+        "that is not in this table is refused as unknown. `null` always means left out. Defaults are those of this page: a",
+        "checkpoint's `generation_config.json` brings end tokens, no sampling values. Written by `scripts/field_table.py` from",
+        "`nanovllm/server/fields.py`; do not edit.",
     ]
     for endpoint, table in ENDPOINTS.items():
         lines += ["", f"## POST {endpoint}", "", "| field | honoured | notes |", "| --- | --- | --- |"]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nanovllm.server.context import Server
     from nanovllm.server.conversation import Conversation
 
+MAX_TOKEN_IDS = 2**18  # more than any vocabulary has
 SAME_NAME = (
     "temperature",
     "top_p",
@@ -48,6 +49,9 @@ def make_params(body: Any, *, names: Mapping[str, str] | None = None, **options:
     `names`: parameter -> the request's name for it, where they differ.
     """
     given = {name: value for name in SAME_NAME if (value := getattr(body, name, None)) is not None}
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        if len(getattr(body, name, None) or ()) > MAX_TOKEN_IDS:
+            raise BadField(name, f"{name} has more than {MAX_TOKEN_IDS} entries")
     bias = getattr(body, "logit_bias", None)
     if bias is not None:
         given["logit_bias"] = {_token_id(key): value for key, value in bias.items()}

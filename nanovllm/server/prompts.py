@@ -74,6 +74,7 @@ async def encode_prompt(
     if isinstance(prompt, str):
         add_special_tokens = special if body.add_special_tokens is None else body.add_special_tokens
         token_ids = await server.engine.encode(prompt, add_special_tokens)
+        await asyncio.sleep(0)  # of many prompts each is short, and others want to run in between
     else:
         token_ids = prompt
     limit = body.truncate_prompt_tokens
@@ -191,7 +192,8 @@ async def render(
     if body.add_generation_prompt and body.continue_final_message:
         text = "add_generation_prompt and continue_final_message exclude each other; set only one of them"
         raise BadField("continue_final_message", text)
-    size = sum(len(message["content"]) if isinstance(message["content"], str) else LONG_TEXT for message in messages)
+    contents = [message["content"] for message in messages]
+    size = sum(len(content) if isinstance(content, str) else LONG_TEXT for content in contents) + (LONG_TEXT if tools else 0)
     try:
         return await off_loop(
             size,

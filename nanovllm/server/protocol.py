@@ -8,9 +8,9 @@ of /v1/responses and /v1/messages are in `responses_protocol.py` and `anthropic_
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 
 class Body(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -97,7 +97,7 @@ class ChatMessage(Body, kw_only=True):
     refusal: None = None
     audio: None = None
     function_call: None = None
-    annotations: None = None
+    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
 
 
 # --- requests

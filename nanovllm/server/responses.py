@@ -17,8 +17,8 @@ from starlette.routing import Route
 
 from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server.answers import Identity, begin, token_names
-from nanovllm.server.chat import check_service
+from nanovllm.server.answers import Identity, begin, token_names, whole_reply
+from nanovllm.server.chat import check_metadata, check_service
 from nanovllm.server.conversation import Conversation, Item, Items, TurnReader, begin_conversation
 from nanovllm.server.errors import BadField
 from nanovllm.server.fields import refused
@@ -38,7 +38,6 @@ from nanovllm.server.protocol import (
     Tool,
     ToolCall,
 )
-from nanovllm.server.respond import json_response
 from nanovllm.server.responses_protocol import (
     INPUT_ITEMS,
     ArgumentsEvent,
@@ -83,6 +82,7 @@ async def create_response(request: Request) -> Response:
     body = await server.read(request, ResponsesRequest, REFUSED)
     check_model(server, body.model)
     check_service(body.store, body.service_tier)
+    check_metadata(body.metadata)
     if body.background:
         raise BadField("background", "background=true is not supported: nothing is stored")
     turn = await begin_conversation(
@@ -103,7 +103,7 @@ async def create_response(request: Request) -> Response:
     if body.stream:
         return server.sse(request, writer.events(streams[0]))
     outputs = await server.run(request, finished(streams))
-    return json_response(writer.whole(outputs[0]))
+    return await whole_reply(params, writer.whole, outputs[0])
 
 
 async def _params(server: Server, body: ResponsesRequest, turn: Conversation) -> SamplingParams:

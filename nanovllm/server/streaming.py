@@ -54,12 +54,19 @@ class Deltas:
             if not (text or token_ids or reason):
                 continue
             if reason == "error":
-                raise HttpError(500, f"the generation failed: {completion.stop_reason}", code="generation_failed")
+                raise _failure(completion.stop_reason)
             self._seen[index] = num_characters + len(text), num_tokens + len(token_ids), reason is not None
             logprobs = completion.logprobs and completion.logprobs[num_tokens : num_tokens + len(token_ids)]
             is_first = not (num_characters or num_tokens)
             found.append(Delta(index, is_first, num_characters, text, token_ids, logprobs, reason, completion.stop_reason))
         return found
+
+
+def _failure(reason: int | str | None) -> HttpError:
+    """With a reason it is the grammar's: no token of the vocabulary could follow. Without one it is ours."""
+    if isinstance(reason, str):
+        return HttpError(400, f"no text of this form could be generated: {reason}", code="grammar_failed")
+    return HttpError(500, "the generation failed", type="api_error", code="generation_failed")
 
 
 async def merged(streams: Sequence[Outputs]) -> AsyncGenerator[tuple[int, GenerationOutput]]:

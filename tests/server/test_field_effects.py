@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -52,6 +53,10 @@ def param(server, path, **fields):
     reply = post(server, path, **fields)
     assert reply.status == 400, reply.body
     return reply.error["param"]
+
+
+def joined(lists):
+    return [*itertools.chain.from_iterable(lists)]
 
 
 # --- drawing
@@ -179,6 +184,7 @@ def test_log_probabilities_of_completions(tiny):
     assert choice(tiny, COMPLETIONS, echo=True, max_tokens=0)["text"] == PROMPT
     assert choice(tiny, COMPLETIONS, return_token_ids=None).keys() == {"index", "text", "logprobs", "finish_reason"}
     assert param(tiny, COMPLETIONS, logprobs=65) == "logprobs"
+    assert param(tiny, COMPLETIONS, logprobs=64, n=128, max_tokens=512, prompt=["a"] * 2) == "logprobs"  # too large an answer
     assert param(tiny, COMPLETIONS, prompt_logprobs=-1) == "prompt_logprobs"
 
 
@@ -291,13 +297,11 @@ def test_a_stream_of_a_completion_adds_up_to_the_whole(tiny):
     for expected in whole["choices"]:
         parts = [one for chunk in chunks for one in chunk["choices"] if one["index"] == expected["index"]]
         assert "".join(part["text"] for part in parts) == expected["text"]
-        assert [one for part in parts for one in part["token_ids"]] == expected["token_ids"]
-        for name, values in expected["logprobs"].items():
-            assert (
-                [one for part in parts for one in part["logprobs"][name]] == pytest.approx(values)
-                if name == "token_logprobs"
-                else (name in ("text_offset", "tokens", "top_logprobs"))
-            )
+        assert joined(part["token_ids"] for part in parts) == expected["token_ids"]
+        for name in ("tokens", "text_offset"):
+            assert joined(part["logprobs"][name] for part in parts) == expected["logprobs"][name]
+        streamed = joined(part["logprobs"]["token_logprobs"] for part in parts)
+        assert streamed[1:] == pytest.approx(expected["logprobs"]["token_logprobs"][1:], abs=1e-3)
         assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
         assert parts[0]["prompt_token_ids"] == expected["prompt_token_ids"]
         assert len(parts[0]["prompt_logprobs"]) == len(expected["prompt_logprobs"])
@@ -384,6 +388,8 @@ def test_structured_output_in_all_its_spellings(tiny, path):
     wrong = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "nonsense"}}}
     assert param(tiny, path, response_format=wrong) == "response_format"
     assert param(tiny, path, guided_regex="a" * 70_000) == "guided_regex"
+    impossible = post(tiny, path, guided_regex="\U0007ebfb")  # no token of this vocabulary has its first byte
+    assert (impossible.status, impossible.error["code"]) == (400, "grammar_failed")
 
 
 # --- chats
@@ -493,6 +499,8 @@ def test_reasoning_is_split_off(tiny):
 def test_fields_of_a_service(tiny):
     reply = answer(tiny, CHAT, metadata={"a": "b"}, store=False, service_tier="auto", modalities=["text"])
     assert reply["metadata"] == {"a": "b"} and reply["service_tier"] == "default"
+    for wrong in ({"k" * 65: "v"}, {"k": "v" * 513}, {str(number): "v" for number in range(17)}):
+        assert param(tiny, CHAT, metadata=wrong) == "metadata"
     assert param(tiny, CHAT, store=True) == "store"
     assert param(tiny, CHAT, service_tier="flex") == "service_tier"
     assert param(tiny, CHAT, modalities=["text", "audio"]) == "modalities"

@@ -124,7 +124,7 @@ def test_the_events_of_a_response(tiny):
     ]
     deltas = [event for event in events if event["type"] == "response.output_text.delta"]
     assert "".join(event["delta"] for event in deltas) == text_of(whole) == text_of(events[-1]["response"])
-    assert [one for event in deltas for one in event["logprobs"]] == logprobs
+    assert [position["token"] for event in deltas for position in event["logprobs"]] == [one["token"] for one in logprobs]
     assert blamed(tiny, top_logprobs=2) == "top_logprobs"
     assert blamed(tiny, include=["reasoning.encrypted_content"]).startswith("include")
 
