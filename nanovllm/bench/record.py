@@ -22,9 +22,10 @@ LIBRARIES = ("torch", "triton", "numpy", "tokenizers", "transformers")
 
 def environment() -> dict[str, Any]:
     """Commit, machine and versions."""
+    told = os.environ.get("NANOVLLM_COMMIT", "")  # by whoever copied the tree to a machine without its history
     return {
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("NANOVLLM_COMMIT", ""),  # a copy without .git is told
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/records")),
+        "commit": told or _git("rev-parse", "HEAD"),
+        "dirty": None if told else bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/records")),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "processor": _processor(),
