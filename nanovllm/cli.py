@@ -33,7 +33,10 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.options import ServerOptions
 
 CLI_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty", "ignore_eos", "n")
-LIBRARIES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub", "xxhash", "transformers", "modelscope")
+LIBRARIES = (
+    *("torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub", "xxhash", "transformers", "modelscope"),
+    *("starlette", "uvicorn", "msgspec", "pyzmq", "llguidance"),
+)
 
 Stream = Callable[
     [list[dict[str, Any]]], Generator[tuple[str, int], None, None]
