@@ -108,6 +108,11 @@ class CostModel:
         seconds = known.seconds + kv_bytes / self.bandwidth
         return self._cost(known, seconds, kv_bytes, 0.0)
 
+    def num_kernels(self, num_tokens: int) -> int:
+        """Of a step of single tokens."""
+        padded = self._pad(self._decode_sizes, num_tokens)
+        return self._common(padded, padded, True).num_kernels
+
     def _mixed(self, batch: ScheduledBatch, num_tokens: int, num_samples: int) -> StepCost:
         padded, samples = self._pad(self._mixed_sizes, num_tokens), num_samples
         if self.use_graphs:

@@ -37,8 +37,7 @@ class Calibration:
     host_sequence_s: float  # host: the same, for each sequence of the step
     host_token_s: float  # host: door and seat, for each token of a new prompt
     eager_launch_s: float  # host: one kernel without a graph; an assumption, not measured
-    frontend_s: float  # HTTP, tokenizer, sockets and client: one request's way in and its first token's way out
-    frontend_busy_s: float  # of that, what keeps the one front-end process busy: requests queue for it
+    frontend_s: float  # HTTP, tokenizer, sockets, client: a request's way in, and again a token's way out
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +59,21 @@ class Hardware:
 H200_CALIBRATION = Calibration(
     memory=0.9154,
     product=0.6960,
-    attention=0.5423,
-    elementwise=0.811,
-    product_s=4.0e-6,
-    one_token_product_s=2.2e-6,
-    attention_s=7.7e-6,
+    attention=0.5425,
+    elementwise=0.8003,
+    product_s=4.126e-6,
+    one_token_product_s=2.149e-6,
+    attention_s=7.774e-6,
     elementwise_s=1.05e-6,
-    gap_s=0.9e-6,
-    tile_keys=448,
-    logit_s=3.2e-12,
-    greedy_logit_s=7.0e-13,
-    host_step_s=510e-6,
-    host_sequence_s=6.4e-6,
-    host_token_s=92e-9,
+    gap_s=0.679e-6,
+    tile_keys=447,
+    logit_s=3.120e-12,
+    greedy_logit_s=7.134e-13,
+    host_step_s=508.3e-6,
+    host_sequence_s=6.443e-6,
+    host_token_s=91.55e-9,
     eager_launch_s=6e-6,
-    frontend_s=3.0e-3,
-    frontend_busy_s=1.0e-3,
+    frontend_s=1.5e-3,
 )
 
 # Fitted by hand to the four decoding rates and the prompt rate of 2026-11-20-cpu-torch.json (SmolLM2-135M, two cores).
@@ -96,8 +94,7 @@ CPU_CALIBRATION = Calibration(
     host_sequence_s=2e-6,
     host_token_s=92e-9,
     eager_launch_s=0.0,
-    frontend_s=3.0e-3,
-    frontend_busy_s=1.0e-3,
+    frontend_s=1.5e-3,
 )
 
 

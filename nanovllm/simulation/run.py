@@ -1,7 +1,7 @@
 """One simulated run: the real engine, scheduler and block manager, driven by arrivals on a virtual clock.
 
-A request passes the front end (one process: requests queue for it), reaches the engine, and is taken in between two
-steps, as `engine_process.py` does. An offline run has no front end, and starts the device while requests are still
+A request takes a constant time through the front end to the engine, and is taken in between two steps, as
+`engine_process.py` does; its tokens take as long on their way back. An offline run has no front end, and starts the device while requests are still
 added, as `LLMEngine.generate` does. Only the executor is not real.
 
 Prompts are token ids that differ in their first two tokens: different prompts share no block, and equal prefixes do.
@@ -11,6 +11,7 @@ Read next: `report.py`.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -149,9 +150,9 @@ class _Simulation:
         self.calibration = deployment.hardware.calibration
         self.run_so_far = Run(work=self.executor.work)
         self.num_added = 0
-        self._at_engine = self._pass_front_end()
-        self._next_time = next(self._at_engine)
-        self._open: dict[str, tuple[Arrival, float]] = {}  # request id -> itself, and when its first token came
+        self._frontend_s = 0.0 if is_offline else self.calibration.frontend_s
+        self._next_time = self._time_at_engine()
+        self._open: dict[str, Arrival] = {}  # by request id
         self._on_finish = on_finish
         self._params: dict[int, SamplingParams] = {}
 
@@ -180,28 +181,21 @@ class _Simulation:
         while self.num_added < len(self.arrivals):
             self._add_next()
 
-    def _pass_front_end(self) -> Iterator[float]:
-        """When each request reaches the engine; infinity after the last."""
-        busy, rest = self.calibration.frontend_busy_s, self._way_in()
-        free_at = 0.0
-        for arrival in self.arrivals:
-            free_at = 0.0 if self.is_offline else max(free_at, arrival.time) + busy
-            yield free_at + rest
-        while True:
-            yield float("inf")
-
-    def _way_in(self) -> float:
-        return 0.0 if self.is_offline else (self.calibration.frontend_s - self.calibration.frontend_busy_s) / 2
+    def _time_at_engine(self) -> float:
+        """When the next request reaches the engine; infinity after the last."""
+        return self.arrivals[self.num_added].time + self._frontend_s if self.num_added < len(self.arrivals) else math.inf
 
     def _add_next(self) -> None:
         arrival = self.arrivals[self.num_added]
         self.clock.now += arrival.num_input * self.calibration.host_token_s
         request_id = self.engine.add_request(self._prompt_of(arrival), self._params_of(arrival.num_output), request_id=str(self.num_added))
-        self._open[request_id] = arrival, 0.0
+        self._open[request_id] = arrival
         self.num_added += 1
-        self._next_time = next(self._at_engine)
+        self._next_time = self._time_at_engine()
 
     def _prompt_of(self, arrival: Arrival) -> list[int]:
+        if arrival.token_ids is not None:
+            return arrival.token_ids
         prefix: list[int] = []
         if arrival.prefix >= 0:
             prefix = _tokens(arrival.prefix, arrival.num_prefix, 3)
@@ -213,9 +207,9 @@ class _Simulation:
         return self._params[num_output]
 
     def _close(self, outputs: list) -> None:
-        way_out = self._way_in()
+        way_out = self._frontend_s
         for output in outputs:
-            arrival, _ = self._open.pop(output.request_id)
+            arrival = self._open.pop(output.request_id)
             times = output.metrics
             self.run_so_far.finished.append(
                 Finished(

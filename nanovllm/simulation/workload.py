@@ -29,6 +29,7 @@ class Arrival(NamedTuple):
     num_output: int
     prefix: int = -1  # number of the shared beginning; -1: none
     num_prefix: int = 0  # its tokens, part of `num_input`
+    token_ids: list[int] | None = None  # the prompt itself, where a record says what it was
 
 
 @dataclass(frozen=True, slots=True)
