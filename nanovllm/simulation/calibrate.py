@@ -24,7 +24,9 @@ HEAD_DIM, NUM_HEADS, VOCABULARY = 128, 16, 151_936  # of the kernels record
 HOST_TOKEN_S = 0.012 / 131_072  # benchmarks/LOG.md, 2026-11-25: checking 131,072 token ids took 12 ms
 
 
-def calibrate(hardware: Hardware, kernels: dict[str, Any], steps: dict[str, Any], offline: Iterable[dict[str, Any]]) -> Calibration:
+def calibrate(
+    hardware: Hardware, kernels: dict[str, Any], steps: dict[str, Any], offline: Iterable[dict[str, Any]]
+) -> Calibration:
     """The calibration of `hardware` without its front end, which is kept."""
     memory = kernels["ceilings"]["read_bytes_per_s"]
     matrix_rate = kernels["ceilings"]["bf16_flop_per_s"]

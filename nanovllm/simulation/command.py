@@ -26,7 +26,7 @@ from nanovllm.simulation.validate import describe_lines, validate
 from nanovllm.simulation.workload import Workload, parse_workload
 
 SEARCHES = ("none", "replicas", "limits")
-PROGRESS_REQUESTS = 5000  # runs of at least so many show a bar
+PROGRESS_REQUESTS = 5000  # runs of at least so many show a bar, on a terminal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,9 @@ def simulate_options(options: SimulateOptions) -> dict[str, Any]:
 
 def _run(deployment: Deployment, workload: Workload, objectives: Objectives, num_replicas: int) -> dict[str, Any]:
     total = len(workload.arrivals)
-    with tqdm(total=total, desc="Simulating", unit="req", disable=total < PROGRESS_REQUESTS, mininterval=0.5) as bar:
+    with tqdm(
+        total=total, desc="Simulating", unit="req", disable=None if total >= PROGRESS_REQUESTS else True, mininterval=0.5
+    ) as bar:
         return summarize(deployment, run_replicas(deployment, workload, num_replicas, bar.update), objectives)
 
 

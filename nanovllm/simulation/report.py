@@ -108,8 +108,8 @@ def describe(report: dict[str, Any]) -> str:
     """The report for people."""
     device = report["device"]
     lines = [
-        f"{report['requests']:,} requests in {report['seconds']:,.1f} s of virtual time: {report['requests_per_s']:,.2f} requests/s, "
-        f"{report['output_tok_s']:,.0f} output tokens/s",
+        f"{report['requests']:,} requests in {report['seconds']:,.1f} s of virtual time: "
+        f"{report['requests_per_s']:,.2f} requests/s, {report['output_tok_s']:,.0f} output tokens/s",
         f"{'ms':<10}{'p50':>12}{'p90':>12}{'p99':>12}{'mean':>12}",
     ]
     for name in ("ttft", "tpot", "latency"):
@@ -120,6 +120,7 @@ def describe(report: dict[str, Any]) -> str:
         f"device    busy {device['busy_share']:.1%}, bandwidth {device['bandwidth_share']:.1%} and matrix units "
         f"{device['matrix_share']:.1%} of the data sheet; host {device['host_share']:.1%}",
         f"steps     {device['steps']:,}, {device['mean_batch']:,.1f} sequences on average",
-        f"cache     {report['cached_tokens']:,} of {report['input_tokens']:,} prompt tokens; {report['preemptions']:,} preemptions",
+        f"cache     {report['cached_tokens']:,} of {report['input_tokens']:,} prompt tokens; "
+        f"{report['preemptions']:,} preemptions",
     ]
     return "\n".join(lines)

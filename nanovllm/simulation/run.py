@@ -1,8 +1,8 @@
 """One simulated run: the real engine, scheduler and block manager, driven by arrivals on a virtual clock.
 
 A request takes a constant time through the front end to the engine, and is taken in between two steps, as
-`engine_process.py` does; its tokens take as long on their way back. An offline run has no front end, and starts the device while requests are still
-added, as `LLMEngine.generate` does. Only the executor is not real.
+`engine_process.py` does; its tokens take as long on their way back. An offline run has no front end, and starts the
+device while requests are still added, as `LLMEngine.generate` does. Only the executor is not real.
 
 Prompts are token ids that differ in their first two tokens: different prompts share no block, and equal prefixes do.
 Read next: `report.py`.
@@ -115,7 +115,7 @@ def simulate(
     arrivals: Sequence[Arrival],
     *,
     is_offline: bool = False,
-    on_finish: Callable[[], None] = lambda: None,
+    on_finish: Callable[[], object] = lambda: None,
     on_step: Callable[[LLMEngine], None] | None = None,
 ) -> Run:
     """Run `arrivals` (in order of time) to their end. `on_step` sees the engine after every step: for tests."""
@@ -125,16 +125,19 @@ def simulate(
 
 class _Simulation:
     def __init__(
-        self, deployment: Deployment, arrivals: Sequence[Arrival], is_offline: bool, on_finish: Callable[[], None]
+        self, deployment: Deployment, arrivals: Sequence[Arrival], is_offline: bool, on_finish: Callable[[], object]
     ) -> None:
         self.clock = VirtualClock()
         limits, spec = deployment.limits, deployment.spec
-        blocks = BlockManager(
-            deployment.num_blocks, deployment.block_size, deployment.enable_prefix_caching, clock=self.clock
-        )
+        blocks = BlockManager(deployment.num_blocks, deployment.block_size, deployment.enable_prefix_caching, clock=self.clock)
         scheduler = Scheduler(blocks, limits, make_policy(deployment.policy), clock=self.clock)
         cost = CostModel(
-            spec, deployment.hardware, limits.max_num_seqs, limits.max_num_batched_tokens, deployment.is_greedy, deployment.use_graphs
+            spec,
+            deployment.hardware,
+            limits.max_num_seqs,
+            limits.max_num_batched_tokens,
+            deployment.is_greedy,
+            deployment.use_graphs,
         )
         self.executor = SimulatedExecutor(cost, self.clock)
         self.engine = LLMEngine(
@@ -188,7 +191,9 @@ class _Simulation:
     def _add_next(self) -> None:
         arrival = self.arrivals[self.num_added]
         self.clock.now += arrival.num_input * self.calibration.host_token_s
-        request_id = self.engine.add_request(self._prompt_of(arrival), self._params_of(arrival.num_output), request_id=str(self.num_added))
+        request_id = self.engine.add_request(
+            self._prompt_of(arrival), self._params_of(arrival.num_output), request_id=str(self.num_added)
+        )
         self._open[request_id] = arrival
         self.num_added += 1
         self._next_time = self._time_at_engine()

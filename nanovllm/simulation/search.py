@@ -20,7 +20,7 @@ MAX_REPLICAS = 1024
 
 
 def run_replicas(
-    deployment: Deployment, workload: Workload, num_replicas: int, on_finish: Callable[[], None] = lambda: None
+    deployment: Deployment, workload: Workload, num_replicas: int, on_finish: Callable[[], object] = lambda: None
 ) -> list[Run]:
     """Each replica serves every `num_replicas`-th request."""
     shares = [workload.arrivals[first::num_replicas] for first in range(num_replicas)]
@@ -59,8 +59,10 @@ def find_limits(
         report = summarize(candidate, run_replicas(candidate, workload, num_replicas), objectives)
         limits = candidate.limits
         rows.append({"max_num_seqs": limits.max_num_seqs, "max_num_batched_tokens": limits.max_num_batched_tokens, **report})
-        note(f"max_num_seqs={limits.max_num_seqs} max_num_batched_tokens={limits.max_num_batched_tokens}: "
-             f"{report['goodput_share']:.2%}, {report['output_tok_s']:,.0f} tok/s")
+        note(
+            f"max_num_seqs={limits.max_num_seqs} max_num_batched_tokens={limits.max_num_batched_tokens}: "
+            f"{report['goodput_share']:.2%}, {report['output_tok_s']:,.0f} tok/s"
+        )
     return sorted(rows, key=_badness)
 
 

@@ -17,7 +17,9 @@ def _qwen3(hidden: int, inner: int, layers: int, heads: int, is_tied: bool) -> M
     return ModelSpec("Qwen3ForCausalLM", 151_936, hidden, inner, layers, heads, 8, 128, 1e-6, rope, 40_960, is_tied, qk_norm=True)
 
 
-def _llama(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, is_tied: bool, limit: int) -> ModelSpec:
+def _llama(
+    vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, is_tied: bool, limit: int
+) -> ModelSpec:
     rope = RopeSpec(500_000.0)
     head_dim = hidden // heads
     return ModelSpec("LlamaForCausalLM", vocabulary, hidden, inner, layers, heads, kv_heads, head_dim, 1e-5, rope, limit, is_tied)
