@@ -1,19 +1,20 @@
 """The picture of docs/simulator.md: latency against load on one simulated H200, as SVG. Standard library only.
 
-    python scripts/simulator_plot.py docs/images/simulator-load.svg
+python scripts/simulator_plot.py docs/images/simulator-load.svg
 """
 
 from __future__ import annotations
 
 import sys
+from math import log10
 from pathlib import Path
 
 from nanovllm.simulation.command import SimulateOptions, simulate_options
 
 RATES = (5, 10, 15, 20, 25, 30, 35, 40, 45)  # requests per second
 OBJECTIVE_MS = 200
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 400, 70, 50, 30, 60
-LOW, HIGH = 1, 4  # powers of ten of the axis of time, milliseconds
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 420, 85, 60, 30, 60
+LOW, HIGH = 0, 4  # powers of ten of the axis of time, milliseconds
 CURVES = (("TTFT p50", "#1b6ca8", ""), ("TTFT p99", "#1b6ca8", "6 4"), ("TPOT p50", "#c8553d", ""))
 
 
@@ -34,7 +35,6 @@ def x_of(rate: float) -> float:
 
 
 def y_of(milliseconds: float) -> float:
-    from math import log10
 
     share = (log10(milliseconds) - LOW) / (HIGH - LOW)
     return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(1.0, max(0.0, share))
@@ -45,7 +45,9 @@ def text(x: float, y: float, words: str, anchor: str = "middle", color: str = "#
 
 
 def draw(points: dict[str, list[float]]) -> str:
-    parts = [text(LEFT, 24, "Qwen3-8B on one simulated H200: prompts of 1,024 tokens, answers of 128", "start", more='font-size="15"')]
+    parts = [
+        text(LEFT, 24, "Qwen3-8B on one simulated H200: prompts of 1,024 tokens, answers of 128", "start", more='font-size="15"')
+    ]
     for power in range(LOW, HIGH + 1):
         y = y_of(10**power)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
