@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from nanovllm.errors import ConfigError, did_you_mean
 
-GB = 10**9
+GB = 1 << 30  # what data sheets call a GB of a card is one of these, nearly
 
 
 @dataclass(frozen=True, slots=True)
