@@ -133,7 +133,7 @@ def _note(text: str) -> None:
 
 
 def _describe(report: dict[str, Any]) -> str:
-    kind = "calibrated" if report["is_calibrated"] else "NOT calibrated: data sheet with the shares of an H200"
+    kind = "calibrated" if report["is_calibrated"] else "NOT calibrated: see docs/simulator.md"
     limits = report["limits"]
     lines = [
         f"{report['model']} on {report['replicas']} x {report['gpu']} ({kind}), {report['num_kv_blocks']:,} KV blocks, "

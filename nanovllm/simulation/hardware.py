@@ -3,7 +3,7 @@
 A profile is two groups of numbers. The *data sheet* (memory, bandwidth, matrix rate) is what the vendor prints. The
 *calibration* is what this engine reached on one NVIDIA H200; `calibrate.py` computes it from the records in
 `benchmarks/records`, and a test holds the two together. Only "h200" was measured. The other cards borrow its shares and
-latencies, so their predictions are extrapolations, and every report says so.
+latencies, so their predictions are extrapolations, and every report says so. "cpu" is a rough guess for two cores.
 
 Data only. Read next: `cost.py`.
 """
@@ -76,7 +76,8 @@ H200_CALIBRATION = Calibration(
     frontend_s=1.5e-3,
 )
 
-# Fitted by hand to the four decoding rates and the prompt rate of 2026-11-20-cpu-torch.json (SmolLM2-135M, two cores).
+# A rough guess beside 2026-11-20-cpu-torch.json (SmolLM2-135M, two cores): one stream is right, batches come out 20 to 40 %
+# too fast, because the model knows no cost for each sequence, and prompts 30 % too slow.
 CPU_CALIBRATION = Calibration(
     memory=1.0,
     product=1.0,
