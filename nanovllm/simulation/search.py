@@ -1,8 +1,8 @@
 """Searches: the smallest number of replicas, and the best limits, by running the simulation for each candidate.
 
 Replicas get requests in turn (round-robin) and know nothing of each other. More replicas never make a load worse beyond
-noise, so their number is doubled until the objectives hold, and then bisected. Limits are a small grid, tried in full; the cache keeps the size
-that it has with the limits that were asked for.
+noise, so their number is doubled until the objectives hold, and then bisected. Limits are a small grid, tried in full;
+the cache keeps the size that it has with the limits that were asked for.
 """
 
 from __future__ import annotations
