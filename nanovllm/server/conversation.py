@@ -76,9 +76,10 @@ class TurnReader:
         return "tool_calls" if self.has_calls and delta.finish_reason == "stop" else delta.finish_reason
 
     def _visible(self, delta: Delta) -> str:
-        """Where special tokens stay in the text, the end token is one of them."""
+        """Where special tokens stay in the text, the end token is one of them. A grammar can end a text without one."""
         if self._turn.needs_special_tokens and delta.finish_reason == "stop" and not isinstance(delta.stop_reason, str):
-            return delta.text.removesuffix(self._tokenizer.decode(delta.token_ids[-1:], False))
+            ends = [token_id for token_id in delta.token_ids[-1:] if token_id in self._tokenizer.special_token_ids]
+            return delta.text.removesuffix(self._tokenizer.decode(ends, False))
         return delta.text
 
     def _num_reasoning_tokens(self, parts: list[Part], delta: Delta) -> int:

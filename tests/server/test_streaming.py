@@ -149,6 +149,15 @@ def test_the_end_token_is_no_part_of_a_text_that_keeps_special_tokens(tokenizer)
     assert read(make_delta("Hello<|im_end|>", "stop", "Hello<|im_end|>", [5, end])) == [Text("Hello<|im_end|>")]
 
 
+def test_a_text_that_its_grammar_ends_keeps_its_last_token(tokenizer):
+    """A grammar may end a text without an end token; then the last token is part of a call."""
+    read = TurnReader(make_turn(tool_format="llama3_json", tool_names=("look",)), tokenizer).read
+    parts = read(make_delta('{"name": "look", "parameters": {"a": 1')) + read(
+        make_delta("}}", "stop", None, [tokenizer.token_to_id("}}")])
+    )
+    assert "".join(part.fragment for part in parts if isinstance(part, ToolCallArguments)) == '{"a": 1}'
+
+
 def test_what_the_client_does_not_want_is_left_out(tokenizer):
     call = '<tool_call>{"name": "look", "arguments": {}}</tool_call>'
     text = f"<think>Hm</think>Yes{call}{call}"
