@@ -116,6 +116,8 @@ class Server:
             )
             async with aclosing(stream):  # type: ignore[type-var]
                 async for output in stream:
+                    if late.error is not None:
+                        break  # what it has is what its abort left
                     late.stop()
                     record.grew(output)
                     yield output
@@ -305,6 +307,7 @@ class EventStream(Response):
         except Exception as error:
             if not self._has_begun:
                 raise
+            await self._events.aclose()  # type: ignore[attr-defined]  # now: the client may not take the last event for long
             last = error_event(scope["path"], error, self._request.state.request_id)
             await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:

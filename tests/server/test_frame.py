@@ -111,9 +111,22 @@ def test_a_reader_that_stalls_is_bounded_does_not_slow_others_and_is_cut_off():
         assert len(read_all(connection)) < MEBI  # of 60: what was not taken is gone
 
 
+def test_a_reader_that_stalls_holds_nothing_beyond_its_deadline():
+    options = {"stalled_client_timeout_s": 60.0, "request_timeout_s": 2.0, "max_stream_buffer": 65536}
+    with serving(options=options, num_blocks=1024) as frame:
+        connection = frame.connect()
+        connection.setsockopt(1, 8, 4096)
+        body = json.dumps({"prompt": "hello", "stream": True, "max_tokens": 3000, "pad": 20000}).encode()
+        connection.sendall(b"POST /run HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        frame.wait_until(lambda: max(_waiting_bytes(), default=0) > 0)
+        frame.wait_until(lambda: not frame.server.admission.num_running, seconds=4)
+
+
 def _waiting_bytes():
     connections = [
-        thing for thing in gc.get_objects() if issubclass(type(thing), BoundedHttp) and not thing.transport.is_closing()
+        thing
+        for thing in gc.get_objects()
+        if issubclass(type(thing), BoundedHttp) and thing.transport and not thing.transport.is_closing()
     ]
     return [connection.transport.get_write_buffer_size() for connection in connections]
 
@@ -140,13 +153,14 @@ def test_a_stream_beyond_its_deadline_ends_with_an_error_event():
         frame.assert_nothing_is_held()
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("place", ["queue", "engine"])
-def test_without_a_first_token_in_time_a_request_gets_503(place):
+def test_without_a_first_token_in_time_a_request_gets_503(place, stream):
     with serving(options={"queue_timeout_s": 0.4}, max_num_seqs=1) as frame:
         frame.call(lambda: setattr(frame.engine, "is_paused", True))
         if place == "queue":
             frame.call(lambda: setattr(frame.server.admission, "num_running", 100))
-        reply = frame.run()
+        reply = frame.run(stream=stream)
         assert reply.status == 503 and reply.error["code"] == "queue_timeout" and int(reply.headers["retry-after"]) >= 1
         if place == "queue":
             frame.call(lambda: setattr(frame.server.admission, "num_running", 0))
