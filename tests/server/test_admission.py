@@ -97,6 +97,18 @@ def test_a_full_queue_makes_place_for_a_more_urgent_class_only():
     in_loop(test)
 
 
+def test_who_has_left_the_queue_is_forgotten_however_long_others_wait_before_it():
+    def test():
+        admission, _ = make(capacity=1, max_queued=100)
+        admission.enter(PLAIN)
+        waiting = admission.enter(URGENT)
+        for _ in range(5000):
+            admission.leave(admission.enter(LAZY))
+        assert len(admission._heap) < 200 and waiting.state == "waiting" and admission.num_waiting == 1
+
+    in_loop(test)
+
+
 def test_a_wide_request_at_the_head_is_not_overtaken_and_not_starved():
     def test():
         admission, _ = make(capacity=4, max_queued=20)
