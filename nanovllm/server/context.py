@@ -23,6 +23,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from nanovllm.errors import RequestError
 from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.admission import Admission, Ticket, queue_timed_out
@@ -145,7 +146,7 @@ class Server:
         key = self.key_of(request)
         name = f"{request.state.request_id}-{next(self._numbers)}"
         ticket = self._enter(key, priority, 1, len(prompt))
-        used = 0
+        late, used = _QueueTimer(self, ticket, name), 0
         try:
             if ticket.turn is not None:
                 await ticket.turn
@@ -158,7 +159,10 @@ class Server:
             )
             used = result.num_prompt_tokens
             return result
+        except RequestError as error:
+            raise late.error or error from None
         finally:
+            late.stop()
             self.admission.leave(ticket, used)
 
     async def run(self, request: Request, work: Awaitable[T]) -> T:

@@ -167,6 +167,20 @@ def test_without_a_first_token_in_time_a_request_gets_503(place, stream):
         frame.assert_nothing_is_held()
 
 
+@pytest.mark.parametrize("place", ["queue", "engine"])
+def test_an_embedding_waits_no_longer_than_a_completion(place):
+    with serving(options={"queue_timeout_s": 0.4}, max_num_seqs=1) as frame:
+        if place == "queue":
+            frame.call(lambda: setattr(frame.server.admission, "num_running", 100))
+        else:
+            frame.call(lambda: setattr(frame.engine, "is_paused", True))
+        reply = frame.post("/embed")
+        assert reply.status == 503 and reply.error["code"] == "queue_timeout"
+        if place == "queue":
+            frame.call(lambda: setattr(frame.server.admission, "num_running", 0))
+        frame.assert_nothing_is_held()
+
+
 # --- drain and death
 
 
