@@ -80,6 +80,7 @@ class Server:
         `refused`: field -> why it is not supported; allowed only where it is null. Unknown fields are errors.
         """
         body = await read_body(request, self.options)
+        request.state.body_size = len(body)  # how long all that follows may take
         return await parse_body(body, struct_type, refused, self.options)
 
     # --- the work
