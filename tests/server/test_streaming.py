@@ -29,7 +29,7 @@ def make_output(n: int = 1, **fields: Any) -> GenerationOutput:
 
 
 def make_delta(text: str, finish_reason: str | None = None, stop_reason: Any = None, token_ids: Any = (7,)) -> Delta:
-    return Delta(0, False, 0, text, list(token_ids), None, finish_reason, stop_reason)
+    return Delta(0, False, text, list(token_ids), None, finish_reason, stop_reason)
 
 
 # --- deltas
