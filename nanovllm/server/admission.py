@@ -21,7 +21,7 @@ from itertools import count
 from typing import Any
 
 from nanovllm.server.auth import Key
-from nanovllm.server.errors import QueueFull, Unavailable
+from nanovllm.server.errors import BadField, QueueFull, Unavailable
 
 RATE_WINDOW_S = 60.0  # how far back "lately" reaches
 UNKNOWN_RETRY_S = 5  # when nothing has been served lately
@@ -174,6 +174,10 @@ class Admission:
         account = self._account(key)
         if key.max_concurrent is not None:
             limit = max(1, math.ceil(key.max_concurrent * self._share))
+            if weight > limit:  # no 429: waiting would not help
+                raise BadField(
+                    "n", f"n={weight}: this key may have {limit} completions at once (max_concurrent)", "concurrency_limit"
+                )
             if account.num_open + weight > limit:
                 raise QueueFull(
                     f"this key may have {limit} completions at once (max_concurrent), and has {account.num_open}",

@@ -132,7 +132,10 @@ class Server:
             raise
         finally:
             late.stop()
-            self.admission.leave(ticket, record.ended(error))
+            used = record.ended(error)
+            if not used and error is None and ticket.state == "running":
+                used = _num_tokens(prompt)  # who leaves before the first token does not get the prompt for nothing
+            self.admission.leave(ticket, used)
 
     async def embed(
         self,
@@ -276,8 +279,7 @@ class Server:
     def _most_tokens(self, prompt: str | list[int], params: SamplingParams) -> int:
         """What a key's quota reserves until the true number is known."""
         room = self.engine.facts.max_model_len
-        num_prompt_tokens = len(prompt) // 4 if isinstance(prompt, str) else len(prompt)
-        return min(num_prompt_tokens, room) + params.n * min(params.max_tokens or room, room)
+        return min(_num_tokens(prompt), room) + params.n * min(params.max_tokens or room, room)
 
     def _engine_priority(self, key: Key, priority: int) -> int:
         """One number for the engine's own policy: the key's class first."""
@@ -351,6 +353,11 @@ class _QueueTimer:
             server.admission.expire(self._ticket, self.error)
         else:
             self._abort = asyncio.ensure_future(server.engine.abort(self._name))  # kept: a task without owner may vanish
+
+
+def _num_tokens(prompt: str | list[int]) -> int:
+    """Of a text, about."""
+    return len(prompt) // 4 if isinstance(prompt, str) else len(prompt)
 
 
 async def _last(stream: AsyncIterator[GenerationOutput]) -> GenerationOutput:

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanovllm.server.admission import MAX_RETRY_S, UNKNOWN_RETRY_S, Admission
 from nanovllm.server.auth import Key
-from nanovllm.server.errors import QueueFull
+from nanovllm.server.errors import HttpError, QueueFull
 
 PLAIN = Key(name="plain", digest=b"1")
 URGENT = Key(name="urgent", digest=b"2", priority=-1)
@@ -168,6 +168,16 @@ def test_a_key_has_so_many_completions_at_once_waiting_or_not():
         admission.enter(PLAIN)  # others are not concerned
         admission.leave(tickets[0])
         admission.enter(key, weight=2)
+
+    in_loop(test)
+
+
+def test_more_completions_than_a_key_may_ever_have_are_no_matter_of_waiting():
+    def test():
+        admission, _ = make(capacity=9, max_queued=9)
+        with pytest.raises(HttpError) as caught:
+            admission.enter(Key(name="k", digest=b"4", max_concurrent=2), weight=3)
+        assert caught.value.status == 400 and caught.value.param == "n"
 
     in_loop(test)
 
