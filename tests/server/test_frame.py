@@ -141,7 +141,7 @@ def _waiting_bytes():
     connections = [
         thing
         for thing in gc.get_objects()
-        if issubclass(type(thing), BoundedHttp) and thing.transport and not thing.transport.is_closing()
+        if issubclass(type(thing), BoundedHttp) and thing.transport is not None and not thing.transport.is_closing()
     ]
     return [connection.transport.get_write_buffer_size() for connection in connections]
 
