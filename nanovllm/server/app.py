@@ -191,7 +191,7 @@ async def answer_errors(app: Any, scope: Any, receive: Any, send: Any) -> None:
     try:
         await app(scope, receive, watch)
     except Exception as error:
-        known = as_http_error(_translated(error, scope), scope["state"]["request_id"])
+        known = as_http_error(_translated(error, scope), scope["state"]["request_id"], scope["path"])
         if has_begun or isinstance(known, ClientGone):
             return  # the server closes a connection whose answer is not complete
         body = encoded_error(scope["path"], known, scope["state"]["request_id"])

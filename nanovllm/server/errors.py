@@ -95,11 +95,13 @@ class ClientGone(HttpError):
         super().__init__(499, "the client closed the connection", code="client_gone")
 
 
-def as_http_error(error: BaseException, request_id: str = "") -> HttpError:
+def as_http_error(error: BaseException, request_id: str = "", path: str = "") -> HttpError:
     """What the client is told about any error. Logs those that nobody raised on purpose."""
     if isinstance(error, HttpError):
         return error
     param = getattr(error, "param", None)
+    if param is None and isinstance(error, (PromptTooLong, CacheTooSmall, InvalidPrompt)):
+        param = PROMPT_FIELDS.get(path)
     if isinstance(error, (PromptTooLong, CacheTooSmall)):
         return HttpError(400, str(error), param=param, code="context_length_exceeded")
     if isinstance(error, RequestError):
@@ -112,18 +114,16 @@ def as_http_error(error: BaseException, request_id: str = "") -> HttpError:
     return HttpError(500, f"internal error (request {request_id})", type="api_error", code="internal_error")
 
 
-def error_body(error: BaseException, request_id: str = "") -> tuple[int, dict[str, Any]]:
+def error_body(error: BaseException, request_id: str = "", path: str = "") -> tuple[int, dict[str, Any]]:
     """(status, body in OpenAI's shape)."""
-    known = as_http_error(error, request_id)
+    known = as_http_error(error, request_id, path)
     body = {"message": _clean(known.message), "type": known.type, "param": known.param, "code": known.code}
     return known.status, {"error": body}
 
 
 def encoded_error(path: str, error: BaseException, request_id: str = "") -> bytes:
     """The JSON of an error, in the shape that the clients of `path` expect."""
-    _, body = error_body(error, request_id)
-    if body["error"]["param"] is None and isinstance(error, (PromptTooLong, CacheTooSmall, InvalidPrompt)):
-        body["error"]["param"] = PROMPT_FIELDS.get(path)
+    _, body = error_body(error, request_id, path)
     if path.startswith("/v1/messages"):
         body = {"type": "error", **body, "request_id": request_id or None}
     return msgspec.json.encode(body)

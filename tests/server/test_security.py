@@ -428,7 +428,6 @@ BAD_BODIES = [
     (b'{"prompt": "x", "max_tokens": 1.5}', "max_tokens"),
     (b'{"prompt": "x", "max_tokens": "4"}', "max_tokens"),
     (b'{"prompt": "x", "max_tokens": -1}', "max_tokens"),
-    (b'{"prompt": "x", "max_tokens": null}', "max_tokens"),
     (b'{"prompt": "x", "priority": 1001}', "priority"),
     (b'{"prompt": "x", "stream": 1}', "stream"),
     (b'{"prompt": [1, true]}', "prompt"),
