@@ -54,6 +54,7 @@ class RequestMetrics:
     num_cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
     num_generated_tokens: int = 0
     num_preemptions: int = 0
+    tokenized_time: float | None = None  # when it was ready for the engine; of an `AsyncEngine`
     ttft_parts: TtftParts | None = None  # of an `AsyncEngine`'s request that has a first token
 
     @property

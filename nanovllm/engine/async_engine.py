@@ -331,7 +331,7 @@ class AsyncEngine:
             raise RequestError(f"request_id {request_id!r} is not a string, or in use by an unfinished request")
         handle, self._handles = self._handles, self._handles + params.n
         text = prompt if isinstance(prompt, str) else None
-        metrics = RequestMetrics(arrival_time, num_prompt_tokens=len(checked.token_ids))
+        metrics = RequestMetrics(arrival_time, num_prompt_tokens=len(checked.token_ids), tokenized_time=time.monotonic())
         outputs = [CompletionOutput(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
         request = LiveRequest(handle, GenerationOutput(request_id, text, checked.token_ids, outputs, metrics))
         stop_strings = StopStrings(params.stop) if params.stop else None
