@@ -66,7 +66,7 @@ def run(tmp_path_factory, collector):
     options += ["--lifecycle-file", files["lifecycle.jsonl"], "--trace-file", files["trace.json"], "--stage-log-steps"]
     options += ["--otlp-endpoint", f"http://127.0.0.1:{collector.server_port}/v1/traces"]
     options += ["--flight-recorder-dir", str(folder), "--log-level", "INFO"]
-    os.environ["NANOVLLM_ADMIN_KEY"] = "admin-key-of-this-test"
+    os.environ["NANOVLLM_ADMIN_KEYS"] = "admin-key-of-this-test"
     try:
         with live_server(*options) as server:
             ask(server, "chat/completions", {"messages": [{"role": "user", "content": f"Tell me of the {SECRET}."}]}, stream=True)
@@ -81,7 +81,7 @@ def run(tmp_path_factory, collector):
             wait_for(lambda: len(list(folder.glob("nanovllm-flight-*.json"))) == 2)
             metrics = server.get("/metrics").body.decode()
     finally:
-        del os.environ["NANOVLLM_ADMIN_KEY"]
+        del os.environ["NANOVLLM_ADMIN_KEYS"]
     assert not [line for line in server.log if SECRET in line]
     return folder, metrics, record
 
