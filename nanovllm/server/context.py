@@ -384,6 +384,7 @@ def http_facts(record: RequestRecord, path: str, traceparent: str | None, ended:
     if record.first_token_s is not None and record.output is not None:
         facts["first_token"] = record.arrived + record.first_token_s
         facts["tokenized"] = record.output.metrics.tokenized_time
+        facts["decode_done"] = record.output.metrics.finish_time
     if traceparent is not None:
         facts["traceparent"] = traceparent[:128]
     return facts

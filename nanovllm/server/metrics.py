@@ -119,6 +119,7 @@ class Metrics:
         histograms["vllm:request_params_n"] = Histogram.of(COMPLETIONS)
         counters: dict[str, dict[str, float]] = {name: {} if label else {"": 0} for name, (_, label) in COUNTERS.items()}
         counters["vllm:request_success"] = dict.fromkeys(("stop", "length", "abort", "error"), 0)
+        counters["nanovllm:requests_refused"] = dict.fromkeys(("queue_full", "queue_timeout"), 0)  # a rate needs a first 0
         self.counts = Snapshot(histograms, counters)
 
     def begin(self, params: SamplingParams, arrived: float | None = None, name: str = "") -> RequestRecord:
@@ -218,8 +219,10 @@ class RequestRecord:
         """The engine's times are of the same monotonic clock as ours."""
         metrics, times = self._metrics, output.metrics
         metrics.observe("vllm:e2e_request_latency_seconds", self._last - self.arrived)
-        metrics.observe("vllm:request_time_per_output_token_seconds", times.tpot)
         scheduled, first, finish = times.first_scheduled_time, times.first_token_time, times.finish_time
+        if finish is not None and self.first_token_s is not None and times.num_generated_tokens > 1:
+            decode = finish - self.arrived - self.first_token_s  # so that TTFT and the tokens after it add up
+            metrics.observe("vllm:request_time_per_output_token_seconds", decode / (times.num_generated_tokens - 1))
         if scheduled is not None:
             metrics.observe("vllm:request_queue_time_seconds", scheduled - self.arrived)
             metrics.observe("vllm:request_inference_time_seconds", None if finish is None else finish - scheduled)

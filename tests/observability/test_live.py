@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from live_server import live_server, write_tiny_model
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_server import NAME, PROMETHEUS, dashboard_queries, loaded_rules, prometheus, rules, samples
 
 from nanovllm.observability.replay import replay_file
 from nanovllm.observability.timeline import STAGES, TTFT_PARTS
@@ -23,6 +24,7 @@ opentelemetry = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trac
 
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SECRET = "xylophone"
+NUM_REQUESTS = 5
 
 
 class Collector(BaseHTTPRequestHandler):
@@ -58,7 +60,7 @@ def collector():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, collector):
-    """A finished run of a server with everything on: its files, and the metrics before it ended."""
+    """A finished run of a server with everything on: its files, metrics, flight record, and what Prometheus said of it."""
     folder = tmp_path_factory.mktemp("observed")
     model = write_tiny_model(folder / "model")
     files = {name: str(folder / name) for name in ("stages.jsonl", "lifecycle.jsonl", "trace.json")}
@@ -80,10 +82,24 @@ def run(tmp_path_factory, collector):
             os.kill(engine, signal.SIGUSR2)
             wait_for(lambda: len(list(folder.glob("nanovllm-flight-*.json"))) == 2)
             metrics = server.get("/metrics").body.decode()
+            answers = ask_prometheus(server, folder / "prometheus") if PROMETHEUS else None
     finally:
         del os.environ["NANOVLLM_ADMIN_KEYS"]
     assert not [line for line in server.log if SECRET in line]
-    return folder, metrics, record
+    return folder, metrics, record, answers
+
+
+def ask_prometheus(server, folder):
+    """(query of the dashboard -> values, rules, name of a recorded rule -> values), under load."""
+
+    def make_load():
+        server.post("/v1/completions", {"prompt": "a b c d " * 20, "max_tokens": 8, "ignore_eos": True})
+
+    with prometheus(int(server.url.rpartition(":")[2]), folder, make_load) as address:
+        loaded = loaded_rules(address)
+        values = {query: samples(address, query.replace("$__rate_interval", "1m")) for query in dashboard_queries()}
+        recorded = {rule["record"]: samples(address, rule["record"]) for rule in rules() if "record" in rule}
+    return values, loaded, recorded
 
 
 def ask(server, path, body, stream):
@@ -110,15 +126,17 @@ def lines(path):
 
 
 def summaries(folder):
-    return {line["request_id"]: line["metadata"] for line in lines(folder / "lifecycle.jsonl") if "spans_ms" in line["metadata"]}
+    """Of the five requests that were there before Prometheus came."""
+    ended = [line for line in lines(folder / "lifecycle.jsonl") if "spans_ms" in line["metadata"]]
+    return {line["request_id"]: line["metadata"] for line in ended[:NUM_REQUESTS]}
 
 
 def test_every_request_has_nine_stages_in_order(run):
-    folder, _, _ = run
+    folder, *_ = run
     by_request: dict[str, list] = {}
     for line in lines(folder / "lifecycle.jsonl"):
         by_request.setdefault(line["request_id"], []).append(line)
-    assert len(by_request) == 5
+    assert len(by_request) >= NUM_REQUESTS
     for entries in by_request.values():
         assert [entry["stage"] for entry in entries] == list(STAGES)
         times = [entry["timestamp_ms"] for entry in entries]
@@ -128,7 +146,7 @@ def test_every_request_has_nine_stages_in_order(run):
 
 
 def test_the_parts_of_ttft_add_up_in_record_trace_and_metrics_alike(run, collector):
-    folder, metrics, _ = run
+    folder, metrics, *_ = run
     record = summaries(folder)
     families = {family.name: family for family in text_string_to_metric_families(metrics)}
 
@@ -171,8 +189,11 @@ def root_spans(collector):
 
 def test_spans_arrive_at_an_otlp_receiver_under_the_callers_trace(run, collector):
     assert {path for path, _ in collector.received} == {"/v1/traces"}
-    spans, roots = all_spans(collector), root_spans(collector)
-    assert len(roots) == 5 and {span.trace_id.hex() for span in spans} == {TRACE_ID}
+    every_root = root_spans(collector)
+    assert all(not root.parent_span_id for root in every_root.values() if root.trace_id.hex() != TRACE_ID)
+    roots = {name: root for name, root in every_root.items() if root.trace_id.hex() == TRACE_ID}
+    spans = [span for span in all_spans(collector) if span.trace_id.hex() == TRACE_ID]
+    assert len(roots) == NUM_REQUESTS
     assert sorted(root.name for root in roots.values()) == ["chat tiny", *["text_completion tiny"] * 4]
     for root in roots.values():
         assert root.parent_span_id.hex() == PARENT_ID
@@ -197,7 +218,7 @@ PHASES = {
 
 
 def test_the_trace_is_what_perfetto_reads(run):
-    folder, _, _ = run
+    folder, *_ = run
     trace = json.loads((folder / "trace.json").read_text())
     assert set(trace) == {"traceEvents", "displayTimeUnit"}
     events = trace["traceEvents"]
@@ -214,12 +235,12 @@ def test_the_trace_is_what_perfetto_reads(run):
         if event["ph"] in "be":
             key = event["id"], event["name"]
             opened[key] = opened.get(key, 0) + (1 if event["ph"] == "b" else -1)
-    assert len({request for request, _ in opened}) == 5 and not any(opened.values())
+    assert len({request for request, _ in opened}) >= NUM_REQUESTS and not any(opened.values())
     assert {e["args"]["plane"] for e in events if e["ph"] == "X"} == {"control", "data"}
 
 
 def test_the_stage_log_has_every_field(run):
-    folder, _, _ = run
+    folder, *_ = run
     entries = lines(folder / "stages.jsonl")
     fields = {"timestamp", "request_id", "stage", "prompt_len", "generated_len", "batch_size", "plane", "step"}
     fields |= {"running_size", "waiting_len", "free_blocks", "ts_ns"}
@@ -229,14 +250,30 @@ def test_the_stage_log_has_every_field(run):
 
 
 def test_nothing_that_was_written_holds_a_word_of_the_prompt(run, collector):
-    folder, metrics, record = run
+    folder, metrics, record, _ = run
     written = [path.read_text() for path in folder.glob("*.json*")]
     assert len(written) == 5 and SECRET not in "".join(written) + metrics + record.decode()
     assert SECRET.encode() not in b"".join(request.SerializeToString() for _, request in collector.received)
 
 
+def test_every_name_in_dashboard_and_rules_is_in_a_scrape(run):
+    known = {sample.name for family in text_string_to_metric_families(run[1]) for sample in family.samples}
+    known |= {rule["record"] for rule in rules() if "record" in rule}
+    used = {name for query in [*dashboard_queries(), *(rule["expr"] for rule in rules())] for name in NAME.findall(query)}
+    assert len(used) > 25 and not used - known
+
+
+@pytest.mark.skipif(PROMETHEUS is None, reason="there is no prometheus (apt-get install prometheus)")
+def test_a_real_prometheus_answers_every_query_and_takes_every_rule(run):
+    values, loaded, recorded = run[3]
+    assert not {query: found for query, found in values.items() if not found or "NaN" in found}
+    assert {rule["health"] for rule in loaded} == {"ok"} and len(loaded) == len(rules())
+    assert not [rule["name"] for rule in loaded if rule.get("state") == "firing"]
+    assert not [name for name, found in recorded.items() if not found]
+
+
 def test_flight_records_of_a_live_server_replay(run):
-    folder, _, record = run
+    folder, _, record, _ = run
     paths = sorted(folder.glob("nanovllm-flight-*.json"))
     assert paths[0].read_bytes() == record
     for path, reason in zip(paths, ("asked for", "SIGUSR2")):
