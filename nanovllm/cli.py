@@ -36,7 +36,10 @@ from nanovllm.server.options import ServerOptions
 
 CLI_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty", "ignore_eos", "n")
 SERVER_NAMES = [field.name for field in dataclasses.fields(ServerOptions) if field.name != "tells_requests"]
-SERVE_DEFAULTS: dict[str, Any] = {"flight_recorder_steps": 1024, "watchdog_seconds": 60.0}  # of `serve`, where a crash leaves a trace
+SERVE_DEFAULTS: dict[str, Any] = {
+    "flight_recorder_steps": 1024,
+    "watchdog_seconds": 60.0,
+}  # of `serve`, where a crash leaves a trace
 LIBRARIES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub", "xxhash", "transformers", "modelscope")
 
 Stream = Callable[

@@ -57,7 +57,7 @@ def build(config: EngineConfig) -> ServedEngine:
 
 
 def main(builder: str) -> None:
-    """`builder`: "package.module:function", config (and options of its own) to `ServedEngine`. The rest is a line of JSON on standard input."""
+    """`builder`: "package.module:function", makes a `ServedEngine`. The rest is a line of JSON on standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and a service manager's SIGTERM go to the whole group, but the
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # parent decides: it may want to finish what runs. It tells us, or dies
     start = json.loads(sys.stdin.buffer.readline())

@@ -168,7 +168,13 @@ def keyframe_of(scheduler: Scheduler) -> dict[str, Any]:
         "sequences": [state_of(sequence) for sequence in _with_ended_siblings(scheduler, behind)],
         "siblings": {str(first): [one.seq_id for one in others] for first, others in scheduler._siblings.items()},
         "in_flight": [
-            (plan.batch.step, [s.seq_id for s in plan.sequences], plan.batch.starts, plan.batch.lengths, plan.batch.sampled_chunks)
+            (
+                plan.batch.step,
+                [s.seq_id for s in plan.sequences],
+                plan.batch.starts,
+                plan.batch.lengths,
+                plan.batch.sampled_chunks,
+            )
             for plan in scheduler._in_flight
         ],
     }

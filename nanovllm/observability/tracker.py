@@ -93,7 +93,7 @@ class Tracker:
         elif isinstance(event, SequenceFinished):
             self._on_finished(event)
         elif isinstance(event, RequestAdded):
-            times = dict.fromkeys(("received", "tokenized", "queued"), event.time)
+            times: dict[str, float] = {"received": event.time, "tokenized": event.time, "queued": event.time}
             timeline = Timeline(event.request_id, event.num_prompt_tokens, event.num_sequences, times, event.request)
             timeline.num_unfinished = event.num_sequences
             self._open[event.request_id] = timeline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -184,7 +185,9 @@ def attributes_of(span):
 
 
 def root_spans(collector):
-    return {attributes_of(span)["gen_ai.response.id"]: span for span in all_spans(collector) if span.kind == span.SPAN_KIND_SERVER}
+    return {
+        attributes_of(span)["gen_ai.response.id"]: span for span in all_spans(collector) if span.kind == span.SPAN_KIND_SERVER
+    }
 
 
 def test_spans_arrive_at_an_otlp_receiver_under_the_callers_trace(run, collector):
@@ -229,7 +232,7 @@ def test_the_trace_is_what_perfetto_reads(run):
     for lane in (1, 2):  # slices of one lane do not overlap
         slices = sorted((e["ts"], e["dur"]) for e in events if e["ph"] == "X" and e["tid"] == lane)
         assert slices
-        assert all(ts + dur <= following + 1 for (ts, dur), (following, _) in zip(slices, slices[1:]))
+        assert all(ts + dur <= following + 1 for (ts, dur), (following, _) in itertools.pairwise(slices))
     opened: dict[tuple, int] = {}
     for event in events:
         if event["ph"] in "be":

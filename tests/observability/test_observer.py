@@ -280,4 +280,6 @@ def test_the_three_calls_of_the_course():
 
 def test_the_engine_reaches_no_observability():
     engine = Path(__file__).parent.parent.parent / "nanovllm" / "engine"
-    assert not [path.name for path in engine.glob("*.py") if re.search(r"(from|import) nanovllm\.observability", path.read_text())]
+    assert not [
+        path.name for path in engine.glob("*.py") if re.search(r"(from|import) nanovllm\.observability", path.read_text())
+    ]
