@@ -4,9 +4,9 @@
 
 The load of `host_time.py`: the real engine and scheduler on an executor that answers at once, 32 sequences running.
 Variants alternate (ABBA), so that a drift of the machine hits all alike. Times are processor times, because machines are
-shared, and the least disturbed repeat counts. The share is of a real step: of --real-ms, or of the decode step of as many sequences in the record of the CPU benchmark.
-Writers work in a thread of their own, and where cores are few that time is the engine's too: so the time of all threads is
-reported beside that of the engine's.
+shared, and the least disturbed repeat counts. The share is of a real step: of --real-ms, or of the decode step of as many
+sequences in the record of the CPU benchmark. Writers work in a thread of their own, and where cores are few that time is
+the engine's too: so the time of all threads is reported beside that of the engine's.
 """
 
 from __future__ import annotations
