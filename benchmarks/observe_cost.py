@@ -16,6 +16,7 @@ import gc
 import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,11 +38,30 @@ NUM_RUNNING = 32
 RECORD = Path(__file__).parent / "records" / "2026-11-20-cpu-torch.json"
 
 
-def variants(folder: str) -> dict[str, ObservabilityOptions]:
+RECEIVER = """
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Taker(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+    def log_message(self, *arguments):
+        pass
+server = ThreadingHTTPServer(("127.0.0.1", 0), Taker)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+def variants(folder: str, port: int) -> dict[str, ObservabilityOptions]:
+    """`port`: of a process that takes OpenTelemetry spans and forgets them."""
     files = {
         "stage_log": f"{folder}/stages.jsonl",
         "lifecycle_file": f"{folder}/lifecycle.jsonl",
         "trace_file": f"{folder}/trace.json",
+        "otlp_endpoint": f"http://127.0.0.1:{port}/v1/traces",
     }
     named = {name: ObservabilityOptions(**{name: path}) for name, path in files.items()}
     safety: dict = {"flight_recorder_steps": 1024, "flight_recorder_dir": folder, "watchdog_seconds": 60.0}
@@ -90,11 +110,15 @@ def main() -> None:
     arguments = parser.parse_args()
     real_ms = arguments.real_ms or recorded_real_ms()
     runs: dict[str, list[dict[str, float]]] = {}
+    receiver = subprocess.Popen([sys.executable, "-c", RECEIVER], stdout=subprocess.PIPE)
+    port = int(receiver.stdout.readline()) if receiver.stdout is not None else 0
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(arguments.repeats):
-            names = list(variants(folder))
+            chosen = variants(folder, port)
+            names = list(chosen)
             for name in names if repeat % 2 == 0 else reversed(names):
-                runs.setdefault(name, []).append(measure(variants(folder)[name], arguments.num_requests))
+                runs.setdefault(name, []).append(measure(chosen[name], arguments.num_requests))
+    receiver.kill()
     results: dict = {"real_step_ms": real_ms, "num_running": NUM_RUNNING}
     off = {key: min(run[key] for run in runs["off"]) for key in ("thread_ms", "processor_ms")}
     print(f"a real step of {NUM_RUNNING} sequences: {real_ms:.2f} ms; nobody listens: {off['thread_ms']:.4f} ms of host time")
