@@ -1,10 +1,11 @@
-"""The command line: `nanovllm generate | chat | serve | replay | env`. Options are generated from the fields of dataclasses.
+"""The command line: `nanovllm generate | chat | serve | replay | simulate | env`. Options are generated from the fields of dataclasses.
 
     nanovllm generate "The capital of France is" --max-tokens 20
     nanovllm chat --model Qwen/Qwen3-0.6B
     nanovllm serve --port 8000
     nanovllm chat --url http://127.0.0.1:8000
     nanovllm replay flight-record.json
+    nanovllm simulate --gpu h200 --model qwen3-8b --slo ttft=200ms,tpot=20ms
     nanovllm env
 
 The help text of an option is the comment on its field: one place says what an option means.
@@ -33,6 +34,7 @@ from nanovllm.log import configure_logging
 from nanovllm.observability.options import ObservabilityOptions
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.options import ServerOptions
+from nanovllm.simulation.command import SimulateOptions, run_simulation
 
 CLI_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty", "ignore_eos", "n")
 SERVER_NAMES = [field.name for field in dataclasses.fields(ServerOptions) if field.name != "tells_requests"]
@@ -40,7 +42,10 @@ SERVE_DEFAULTS: dict[str, Any] = {
     "flight_recorder_steps": 1024,
     "watchdog_seconds": 60.0,
 }  # of `serve`, where a crash leaves a trace
-LIBRARIES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub", "xxhash", "transformers", "modelscope")
+LIBRARIES = (
+    *("torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub", "xxhash", "transformers", "modelscope"),
+    *("starlette", "uvicorn", "msgspec", "pyzmq", "llguidance"),
+)
 
 Stream = Callable[
     [list[dict[str, Any]]], Generator[tuple[str, int], None, None]
@@ -81,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     replay = _add_command(commands, "replay", run_replay, "run the scheduler again on a flight record, and say where it differs")
     replay.add_argument("file", help="a flight record: of a crash, a stall, SIGUSR2, or POST /admin/flight_record")
     replay.add_argument("--policy", help="another scheduling policy than the recorded one")
+    simulate = _add_command(commands, "simulate", run_simulate, "predict latencies and throughput without a GPU")
+    _add_fields(simulate.add_argument_group("simulation"), SimulateOptions)
     _add_command(commands, "env", run_env, "print versions, devices and what would be used")
     return parser
 
@@ -257,6 +264,10 @@ def run_replay(arguments: argparse.Namespace) -> int:
     report = replay_file(arguments.file, arguments.policy)
     print(report)
     return 0 if report.difference is None else 1
+
+
+def run_simulate(arguments: argparse.Namespace) -> int:
+    return run_simulation(SimulateOptions(**_chosen(arguments, SimulateOptions)))
 
 
 def run_env(arguments: argparse.Namespace) -> int:
