@@ -1,4 +1,4 @@
-"""The command line: `nanovllm generate | chat | serve | replay | simulate | env`. Options are generated from the fields of dataclasses.
+"""The command line: `nanovllm generate | chat | serve | replay | simulate | env`, with options from the fields of dataclasses.
 
     nanovllm generate "The capital of France is" --max-tokens 20
     nanovllm chat --model Qwen/Qwen3-0.6B

@@ -37,6 +37,17 @@ class Collected(Sink):
         self.requests.append(timeline)
 
 
+@pytest.fixture
+def messages():
+    """What the package logs, whatever other tests have done to its logger."""
+    found = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logging.getLogger("nanovllm").addHandler(handler)
+    yield found
+    logging.getLogger("nanovllm").removeHandler(handler)
+
+
 def run(engine, sinks=None, joins=False):
     sink = Collected()
     tracker = Tracker([sink, *(sinks or [])], joins)
@@ -114,18 +125,17 @@ def test_facts_of_the_front_end_are_joined_whichever_side_is_first():
         assert times == sorted(times)
 
 
-def test_a_sink_that_fails_is_left_out_and_the_engine_does_not_notice(caplog):
+def test_a_sink_that_fails_is_left_out_and_the_engine_does_not_notice(messages):
     class Broken(Sink):
         def on_stage(self, *arguments):
             raise OSError("the disk is full")
 
     engine = make_engine()
-    logging.getLogger("nanovllm").propagate = True
     sink, tracker = run(engine, [Broken()])
     engine.generate([[1, 2, 3]], greedy(3))
     tracker.close()
     assert len(sink.requests) == 1
-    assert len([record for record in caplog.records if "switched off" in record.getMessage()]) == 1
+    assert len([message for message in messages if "switched off" in message]) == 1
 
 
 def test_what_cannot_be_written_in_time_is_counted_and_dropped(monkeypatch):
@@ -196,17 +206,16 @@ class HangingExecutor(FakeExecutor):
         return super().collect()
 
 
-def test_a_stalled_step_is_told_once_with_its_batch_all_stacks_and_a_record(tmp_path, caplog):
+def test_a_stalled_step_is_told_once_with_its_batch_all_stacks_and_a_record(tmp_path, messages):
     scheduler = make_scheduler()
     engine = make_engine(scheduler, num_steps_ahead=0)
     engine.executor = HangingExecutor(64, 4)
-    logging.getLogger("nanovllm").propagate = True
     options = ObservabilityOptions(watchdog_seconds=0.1, flight_recorder_steps=50, flight_recorder_dir=str(tmp_path))
     with observe(engine, options) as observer:
         observer.watchdog._recent.clear()
         engine.generate([[1, 2, 3], [4, 5]], greedy(5))
         assert observer.watchdog.num_stalls == 1
-    (text,) = [record.getMessage() for record in caplog.records if "deadline" in record.getMessage()]
+    (text,) = [message for message in messages if "deadline" in message]
     assert "step 4 has taken" in text and "row 0: [6, 7)" in text and "row 1: [5, 6)" in text
     assert "thread MainThread" in text and "in collect" in text and "thread nanovllm-watchdog" in text
     (path,) = tmp_path.glob("nanovllm-flight-*.json")
