@@ -1,9 +1,10 @@
-"""The command line: `nanovllm generate | chat | serve | simulate | env`. Options are generated from the fields of dataclasses.
+"""The command line: `nanovllm generate | chat | serve | replay | simulate | env`, with options from the fields of dataclasses.
 
     nanovllm generate "The capital of France is" --max-tokens 20
     nanovllm chat --model Qwen/Qwen3-0.6B
     nanovllm serve --port 8000
     nanovllm chat --url http://127.0.0.1:8000
+    nanovllm replay flight-record.json
     nanovllm simulate --gpu h200 --model qwen3-8b --slo ttft=200ms,tpot=20ms
     nanovllm env
 
@@ -30,11 +31,17 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.progress import deferred_interrupt
 from nanovllm.errors import ConfigError, InvalidPrompt, NanoVllmError
 from nanovllm.log import configure_logging
+from nanovllm.observability.options import ObservabilityOptions
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.options import ServerOptions
 from nanovllm.simulation.command import SimulateOptions, run_simulation
 
 CLI_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty", "ignore_eos", "n")
+SERVER_NAMES = [field.name for field in dataclasses.fields(ServerOptions) if field.name != "tells_requests"]
+SERVE_DEFAULTS: dict[str, Any] = {
+    "flight_recorder_steps": 1024,
+    "watchdog_seconds": 60.0,
+}  # of `serve`, where a crash leaves a trace
 LIBRARIES = (
     *("torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub", "xxhash", "transformers", "modelscope"),
     *("starlette", "uvicorn", "msgspec", "pyzmq", "llguidance"),
@@ -73,8 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
         names = [name for name in CLI_SAMPLING if name != "n" or command is generate]
         _add_fields(command.add_argument_group("sampling"), SamplingParams, names)
     serve = _add_command(commands, "serve", run_serve, "OpenAI-compatible HTTP server")
-    _add_fields(serve.add_argument_group("server"), ServerOptions)
+    _add_fields(serve.add_argument_group("server"), ServerOptions, SERVER_NAMES)
+    _add_fields(serve.add_argument_group("observability"), ObservabilityOptions)
     _add_fields(serve.add_argument_group("engine"), EngineConfig)
+    replay = _add_command(commands, "replay", run_replay, "run the scheduler again on a flight record, and say where it differs")
+    replay.add_argument("file", help="a flight record: of a crash, a stall, SIGUSR2, or POST /admin/flight_record")
+    replay.add_argument("--policy", help="another scheduling policy than the recorded one")
     simulate = _add_command(commands, "simulate", run_simulate, "predict latencies and throughput without a GPU")
     _add_fields(simulate.add_argument_group("simulation"), SimulateOptions)
     _add_command(commands, "env", run_env, "print versions, devices and what would be used")
@@ -242,7 +253,17 @@ def run_serve(arguments: argparse.Namespace) -> int:
         from nanovllm.server.serve import serve
     except ModuleNotFoundError as error:
         raise ConfigError(f"the server needs {error.name!r}: pip install 'nanovllm[serve]'") from error
-    return serve(ServerOptions(**_chosen(arguments, ServerOptions)), _chosen(arguments, EngineConfig))
+    observability = ObservabilityOptions(**{**SERVE_DEFAULTS, **_chosen(arguments, ObservabilityOptions)})
+    return serve(ServerOptions(**_chosen(arguments, ServerOptions)), _chosen(arguments, EngineConfig), observability)
+
+
+def run_replay(arguments: argparse.Namespace) -> int:
+    """Exit status 1 when a decision differs."""
+    from nanovllm.observability.replay import replay_file
+
+    report = replay_file(arguments.file, arguments.policy)
+    print(report)
+    return 0 if report.difference is None else 1
 
 
 def run_simulate(arguments: argparse.Namespace) -> int:

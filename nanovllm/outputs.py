@@ -34,6 +34,14 @@ class CompletionOutput:
     logprobs: list[PositionLogprobs] | None = None
 
 
+class TtftParts(NamedTuple):
+    """Where the engine process spent the time to the first token, seconds. The rest of it is the front end's."""
+
+    queue: float  # from its arrival to the first scheduling
+    prefill: float  # until the result of the prompt's last chunk is on the host
+    first_decode: float  # until the first token is an output
+
+
 @dataclass(slots=True)
 class RequestMetrics:
     """Times of one request, in seconds of the engine's clock."""
@@ -46,6 +54,8 @@ class RequestMetrics:
     num_cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
     num_generated_tokens: int = 0
     num_preemptions: int = 0
+    tokenized_time: float | None = None  # when it was ready for the engine; of an `AsyncEngine`
+    ttft_parts: TtftParts | None = None  # of an `AsyncEngine`'s request that has a first token
 
     @property
     def ttft(self) -> float | None:

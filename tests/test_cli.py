@@ -3,8 +3,10 @@ from __future__ import annotations
 import io
 
 import pytest
+from support import greedy, make_engine, make_scheduler
 
 from nanovllm.cli import build_parser, main
+from nanovllm.observability.flight_recorder import FlightRecorder
 
 
 def test_generate_prints_prompt_and_completion(capsys):
@@ -26,6 +28,21 @@ def test_chat_answers_and_starts_over(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert len(captured.out.strip().splitlines()) == 2
     assert "(new conversation)" in captured.err
+
+
+def test_replay_says_whether_decisions_differ(tmp_path, capsys):
+    scheduler = make_scheduler(policy="prefill_first", budget=8)
+    engine = make_engine(scheduler)
+    recorder = FlightRecorder(scheduler, 1000, str(tmp_path))
+    engine.events.listeners.append(recorder)
+    engine.generate([[number] * 9 for number in range(6)], greedy(6))
+    path = recorder.dump("test")
+    assert main(["replay", path]) == 0
+    assert "6 arrivals replayed; every decision is the same" in capsys.readouterr().out
+    assert main(["replay", path, "--policy", "fcfs"]) == 1
+    assert "recorded" in capsys.readouterr().out
+    assert main(["replay", str(tmp_path / "none.json")]) == 1
+    assert "ConfigError" in capsys.readouterr().err
 
 
 def test_env_names_device_backend_and_default_model(capsys):

@@ -31,7 +31,7 @@ from nanovllm.engine.door import POOLINGS, Bounds, CheckedRequest, Door, Prompt
 from nanovllm.engine.messages import Abort, AddRequest, Answer, Call, EngineFacts, Hello, LastWords, Outputs, Ready
 from nanovllm.errors import EngineDead, InvalidSamplingParams, NanoVllmError, PromptTooLong, RequestError
 from nanovllm.log import logger, show_log_unless_configured
-from nanovllm.outputs import CompletionOutput, EmbeddingOutput, GenerationOutput, RequestMetrics
+from nanovllm.outputs import CompletionOutput, EmbeddingOutput, GenerationOutput, RequestMetrics, TtftParts
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer import Tokenizer
 
@@ -126,15 +126,22 @@ class AsyncEngine:
     # --- life
 
     @classmethod
-    async def start(cls, model: str | Path | None = None, *, builder: str = DEFAULT_BUILDER, **options: Any) -> AsyncEngine:
+    async def start(
+        cls,
+        model: str | Path | None = None,
+        *,
+        builder: str = DEFAULT_BUILDER,
+        builder_options: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> AsyncEngine:
         """Spawn an engine process and wait until its model is loaded. Options: see `EngineConfig`.
 
-        Raises `ConfigError`, `ModelError`, or `EngineDead` when the process ended for another reason. `builder` is for
-        tests: "module:function" that makes a `ServedEngine` from the config.
+        Raises `ConfigError`, `ModelError`, or `EngineDead` when the process ended for another reason. `builder`:
+        "module:function" that makes a `ServedEngine` from the config and `builder_options`, in the engine process.
         """
         show_log_unless_configured()
         config = EngineConfig.from_options(model=str(model) if isinstance(model, Path) else model, **options)
-        child = spawn_engine(config, builder)
+        child = spawn_engine(config, builder, builder_options)
         return await cls(child.address, child)._become_ready()
 
     @classmethod
@@ -276,6 +283,10 @@ class AsyncEngine:
         """Run the torch profiler in the engine process. Returns the path of a Chrome trace, which `close` removes."""
         return await self._call("profile", seconds=seconds)
 
+    async def call(self, name: str, **arguments: Any) -> Any:
+        """A call that the engine's builder has added (`ServedEngine.calls`). `RequestError` when there is none."""
+        return await self._call(name, **arguments)
+
     async def _call(self, name: str, **arguments: Any) -> Any:
         call_id = next(self._call_ids)
         answer = self._calls[call_id] = asyncio.get_running_loop().create_future()
@@ -320,7 +331,7 @@ class AsyncEngine:
             raise RequestError(f"request_id {request_id!r} is not a string, or in use by an unfinished request")
         handle, self._handles = self._handles, self._handles + params.n
         text = prompt if isinstance(prompt, str) else None
-        metrics = RequestMetrics(arrival_time, num_prompt_tokens=len(checked.token_ids))
+        metrics = RequestMetrics(arrival_time, num_prompt_tokens=len(checked.token_ids), tokenized_time=time.monotonic())
         outputs = [CompletionOutput(index, logprobs=None if params.logprobs is None else []) for index in range(params.n)]
         request = LiveRequest(handle, GenerationOutput(request_id, text, checked.token_ids, outputs, metrics))
         stop_strings = StopStrings(params.stop) if params.stop else None
@@ -373,6 +384,9 @@ class AsyncEngine:
                 metrics = completion.request.output.metrics
                 metrics.first_token_time = time.monotonic()
                 metrics.first_scheduled_time, metrics.num_cached_tokens = begun.first_scheduled_time, begun.num_cached_tokens
+                if (scheduled := begun.first_scheduled_time) is not None and begun.first_token_time is not None:
+                    done, first = begun.prompt_done_time, begun.first_token_time
+                    metrics.ttft_parts = TtftParts(scheduled - begun.arrival_time, done - scheduled, first - done)
                 completion.request.output.prompt_logprobs = begun.prompt_logprobs
         for handle, logprobs in message.logprobs.items():
             if (completion := completions.get(handle)) is not None and completion.output.logprobs is not None:

@@ -77,7 +77,7 @@ def address_in(folder: Path) -> str:
     return f"ipc://{folder}/engine.sock"
 
 
-def spawn_engine(config: EngineConfig, builder: str) -> EngineChild:
+def spawn_engine(config: EngineConfig, builder: str, builder_options: dict[str, Any] | None = None) -> EngineChild:
     """Start an engine process. It sees our `sys.path`, gets its config as JSON, and ends when we do.
 
     `builder` is code's choice ("package.module:function"), never a user's.
@@ -94,6 +94,7 @@ def spawn_engine(config: EngineConfig, builder: str) -> EngineChild:
         "parent": os.getpid(),
         "log_level": logger.getEffectiveLevel(),
         "config": dataclasses.asdict(config),
+        "builder_options": builder_options or {},
     }
     stdin = process.stdin
     if stdin is not None:

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import zmq
 
@@ -56,7 +57,7 @@ def build(config: EngineConfig) -> ServedEngine:
 
 
 def main(builder: str) -> None:
-    """`builder`: "package.module:function", config to `ServedEngine`. The rest is a line of JSON on standard input."""
+    """`builder`: "package.module:function", makes a `ServedEngine`. The rest is a line of JSON on standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and a service manager's SIGTERM go to the whole group, but the
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # parent decides: it may want to finish what runs. It tells us, or dies
     start = json.loads(sys.stdin.buffer.readline())
@@ -70,16 +71,16 @@ def main(builder: str) -> None:
     socket.setsockopt(zmq.LINGER, 2000)
     socket.bind(start["address"])
     try:
-        run(builder, EngineConfig(**start["config"]), socket, folder)
+        run(builder, EngineConfig(**start["config"]), socket, folder, start["builder_options"])
     finally:
         socket.close()
         context.term()
 
 
-def run(builder: str, config: EngineConfig, socket: zmq.Socket, folder: Path) -> None:
+def run(builder: str, config: EngineConfig, socket: zmq.Socket, folder: Path, options: dict[str, Any]) -> None:
     try:
         module, _, name = builder.partition(":")
-        served = getattr(importlib.import_module(module), name)(config)
+        served = getattr(importlib.import_module(module), name)(config, **options)
         process = EngineProcess(served, socket, folder)
     except BaseException as error:
         refuse_to_start(socket, error)

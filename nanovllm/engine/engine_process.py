@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class ServedEngine:
     engine: LLMEngine
     tokenizer: Tokenizer
     facts: EngineFacts
+    calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # more `Call`s: f(number of the front end, **arguments)
+    on_end: Callable[[BaseException | None], None] | None = None  # the loop has ended, with what error
 
 
 @dataclass(slots=True, eq=False)
@@ -94,13 +96,15 @@ class OpenRequest:
     has_begun: bool = False
     has_ended: set[int] = field(default_factory=set)  # indexes of completions
 
-    def tell(self, output: GenerationOutput) -> None:
-        """Add what is new to the front end's message."""
+    def tell(self, output: GenerationOutput, result_time: float = 0.0) -> None:
+        """Add what is new to the front end's message. `result_time`: when the step's result was on the host."""
         message = self.frontend.news()
         if not self.has_begun:
             self.has_begun = True
             metrics = output.metrics
-            begun = Begun(self.handle, metrics.first_scheduled_time, metrics.num_cached_tokens, output.prompt_logprobs)
+            scheduled, first = metrics.first_scheduled_time, metrics.first_token_time
+            times = metrics.arrival_time, prompt_done_time(scheduled, result_time, first), first
+            begun = Begun(self.handle, scheduled, metrics.num_cached_tokens, output.prompt_logprobs, *times)
             message.begun.append(begun)
         if output.embedding is not None:
             message.embeddings[self.handle] = output.embedding
@@ -125,6 +129,7 @@ class Counters:
     def __init__(self) -> None:
         self.num_steps = self.num_generated_tokens = self.num_computed_tokens = self.num_preemptions = 0
         self.forward_ns = self.schedule_ns = self.apply_ns = 0
+        self.result_time = 0.0  # when the last step's result was on the host, seconds of the engine's clock
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, StepCollected):
@@ -132,6 +137,7 @@ class Counters:
             self.num_generated_tokens += event.num_new_tokens
             self.forward_ns += event.forward_ns
             self.apply_ns += event.apply_ns
+            self.result_time = event.time - event.apply_ns * 1e-9
         elif isinstance(event, StepDispatched):
             self.num_computed_tokens += event.num_tokens
             self.schedule_ns += event.schedule_ns
@@ -143,7 +149,7 @@ class EngineProcess:
     """The loop around one engine, on one ROUTER socket."""
 
     def __init__(self, served: ServedEngine, socket: zmq.Socket, folder: Path) -> None:
-        self._engine = served.engine
+        self._engine, self._served = served.engine, served
         self._ready = encode(Ready(served.facts, TokenizerMessage.of(served.tokenizer)))
         self._socket = socket
         self._folder = folder
@@ -167,9 +173,16 @@ class EngineProcess:
                     self._finish_profile()
         except BaseException as error:
             self._say_last_words(error)
+            self._end(error)
             raise
+        else:
+            self._end(None)
         finally:
             self._engine.close()
+
+    def _end(self, error: BaseException | None) -> None:
+        if self._served.on_end is not None:
+            self._served.on_end(error)
 
     # --- receive
 
@@ -290,7 +303,7 @@ class EngineProcess:
         for output in self._engine.step():
             request = self._requests.get(output.request_id)
             if request is not None:
-                request.tell(output)
+                request.tell(output, self._counters.result_time)
                 if output.finished:
                     self._close(request)
 
@@ -332,6 +345,9 @@ class EngineProcess:
         try:
             if call.name == "profile":
                 self._start_profile(frontend, call)
+            elif call.name in self._served.calls:
+                value = self._served.calls[call.name](frontend.number, **call.arguments)
+                answers.append(Answer(call.call_id, value, None))
             elif call.name not in CALLS:
                 raise RequestError(f"unknown call {call.name!r}")
             else:
@@ -433,6 +449,12 @@ def describe(sequence: Sequence) -> dict[str, Any]:
         "num_blocks": len(sequence.block_table),
         "block_ids": list(sequence.block_table),
     }
+
+
+def prompt_done_time(scheduled: float | None, result_time: float, first_token: float | None) -> float:
+    """Where prefill ends and the first decode begins; between the two times around it, however clocks are read."""
+    last = result_time if first_token is None else min(result_time, first_token)
+    return last if scheduled is None else max(last, scheduled)
 
 
 def traceback_of(error: BaseException) -> str:

@@ -8,7 +8,9 @@ Times are seconds of the engine's clock.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from nanovllm.engine.batch import ScheduledBatch
 
 
 class RequestAdded(NamedTuple):
@@ -16,6 +18,7 @@ class RequestAdded(NamedTuple):
     request_id: str
     num_prompt_tokens: int
     num_sequences: int
+    request: Any  # the live `engine.request.Request`: to read its times and counts, not to write
 
 
 class SequenceAdmitted(NamedTuple):
@@ -51,6 +54,7 @@ class StepDispatched(NamedTuple):
     num_running: int
     num_free_blocks: int
     schedule_ns: int  # host time spent deciding
+    batch: ScheduledBatch  # its columns say which chunks; seats hold token ids, which no listener may keep
 
 
 class StepCollected(NamedTuple):

@@ -88,11 +88,12 @@ class LLMEngine:
         request_id = self._check_id(request_id)
         checked = self._door.check(prompt, params, priority, cache_salt, bad_words, pooling)
         sequences = self._door.make_sequences(request_id, checked, self._clock())
-        self._requests[request_id] = Request.begin(sequences, prompt if isinstance(prompt, str) else None, self.tokenizer)
+        request = Request.begin(sequences, prompt if isinstance(prompt, str) else None, self.tokenizer)
+        self._requests[request_id] = request
         self.scheduler.add(sequences)
         if self.events.listeners:
             first = sequences[0]
-            self.events.emit(RequestAdded(first.arrival_time, request_id, first.num_prompt_tokens, len(sequences)))
+            self.events.emit(RequestAdded(first.arrival_time, request_id, first.num_prompt_tokens, len(sequences), request))
         return request_id
 
     def output_of(self, request_id: str) -> GenerationOutput:
@@ -212,6 +213,7 @@ class LLMEngine:
             len(scheduler.running),
             scheduler.block_manager.num_free_blocks,
             schedule_ns,
+            batch,
         )
         self.events.emit(event)
 

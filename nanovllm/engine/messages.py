@@ -153,6 +153,9 @@ class Begun(NamedTuple):
     first_scheduled_time: float | None  # of the monotonic clock, which all processes of a machine share
     num_cached_tokens: int
     prompt_logprobs: list[PositionLogprobs | None] | None
+    arrival_time: float  # in the engine process; this and the next two are of the same clock
+    prompt_done_time: float  # when the result of the prompt's last chunk was on the host
+    first_token_time: float | None  # None: it ended without one
 
 
 class Ended(NamedTuple):

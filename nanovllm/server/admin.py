@@ -1,4 +1,4 @@
-"""Routes for the operator, under /admin, with a key of their own: drain, limits, prefix cache, profile, inspect.
+"""Routes for the operator, under /admin, with a key of their own: drain, limits, cache, profile, inspect, flight record.
 
 `auth.py` keeps everybody else out; `_checked` looks a second time, so that a mistake in a path rule opens nothing. With
 several front ends, what is changed here reaches all of them: through the engine, or through the shared folder.
@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from nanovllm.errors import ConfigError
+from nanovllm.errors import ConfigError, RequestError
 from nanovllm.server.context import LIVE_LIMITS
 from nanovllm.server.errors import BadField, HttpError
 from nanovllm.server.respond import json_response
@@ -84,6 +84,17 @@ async def profile(request: Request) -> Response:
     return FileResponse(path, media_type="application/json", filename="trace.json", background=BackgroundTask(os.unlink, path))
 
 
+async def flight_record(request: Request) -> Response:
+    """The last steps and requests, as a file for `nanovllm replay`. It stays on the server, too."""
+    try:
+        path = await request.app.state.server.engine.call("flight_record")
+    except RequestError as error:
+        raise HttpError(404, str(error), code="no_flight_recorder") from error
+    if path is None:
+        raise HttpError(500, "the flight record could not be written; the reason is in the server's log")
+    return FileResponse(path, media_type="application/json", filename="flight-record.json")
+
+
 async def inspect(request: Request) -> Response:
     """Who runs and who waits: ids and counts, no text."""
     server = request.app.state.server
@@ -110,4 +121,5 @@ routes: list[Any] = [
     _route("/admin/reset_prefix_cache", reset_prefix_cache, "POST"),
     _route("/admin/profile", profile, "POST"),
     _route("/admin/inspect", inspect, "GET"),
+    _route("/admin/flight_record", flight_record, "POST"),
 ]

@@ -109,16 +109,19 @@ class Gate:
         scope["app"] = self.owner
         state = scope.setdefault("state", {})
         state["arrived"], state["request_id"] = time.monotonic(), self._request_id(scope["headers"])
+        ended: float | None = None  # when the last byte was sent
         counts = not scope["path"].startswith(("/admin/", *NEVER_REFUSED))
         self.server.num_open += counts
         status = 0
 
         async def watch(message: Any) -> None:
-            nonlocal status
+            nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", state["request_id"].encode())]
             await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                ended = time.monotonic()
 
         try:
             await answer_errors(self._admit, scope, receive, watch)
@@ -127,6 +130,8 @@ class Gate:
             if "gone" in state:
                 state["gone"].cancel()
             self._log(scope, status)
+            if self.server.options.tells_requests and "records" in state:
+                self.server.report(scope, ended)
 
     async def _admit(self, scope: Any, receive: Any, send: Any) -> None:
         size = sum(len(name) + len(value) for name, value in scope["headers"])

@@ -24,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm.errors import RequestError
+from nanovllm.log import logger
 from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.admission import Admission, Ticket, queue_timed_out
@@ -31,7 +32,7 @@ from nanovllm.server.auth import Key
 from nanovllm.server.body import parse_body, read_body
 from nanovllm.server.errors import BadField, ClientGone, DeadlineExceeded, HttpError, Unavailable, error_event
 from nanovllm.server.grammars import Grammars
-from nanovllm.server.metrics import Metrics, Snapshot
+from nanovllm.server.metrics import Metrics, RequestRecord, Snapshot
 from nanovllm.server.options import ServerOptions
 from nanovllm.server.shared import PERIOD_S, SharedFolder
 
@@ -67,6 +68,7 @@ class Server:
         self._stops: set[asyncio.Future[None]] = set()  # one for each `run`; done: it ends with an error
         self._numbers = count()
         self.grammars = Grammars(engine, options)
+        self._reports: set[asyncio.Future[Any]] = set()  # kept: a task without owner may vanish
 
     def close(self) -> None:
         """Let go of what outlives a request. Idempotent."""
@@ -102,7 +104,7 @@ class Server:
         key = self.key_of(request)
         name = request_id or f"{request.state.request_id}-{next(self._numbers)}"
         ticket = self._enter(key, priority, params.n, self._most_tokens(prompt, params))
-        record = self.metrics.begin(params)
+        record = self.metrics.begin(params, request.state.arrived, name)
         request.scope["state"].setdefault("records", []).append(record)
         late = _QueueTimer(self, ticket, name)
         error: BaseException | None = None
@@ -206,6 +208,20 @@ class Server:
         return EventStream(self, request, events)
 
     # --- helpers
+
+    def report(self, scope: Mapping[str, Any], ended: float | None) -> None:
+        """Tell the engine process what only HTTP knows of a request; nobody waits for it. `ended`: None: it was cut off."""
+        traceparent = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None)
+        for record in scope["state"]["records"]:
+            facts = http_facts(record, scope["path"], traceparent, ended)
+            task = asyncio.ensure_future(self.engine.call("note_request", request_id=record.name, facts=facts))
+            self._reports.add(task)
+            task.add_done_callback(self._reported)
+
+    def _reported(self, task: asyncio.Future[Any]) -> None:
+        self._reports.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.debug("a request could not be reported: %s", error)
 
     def key_of(self, request: Request) -> Key:
         return request.state.key
@@ -373,6 +389,20 @@ async def _last(stream: AsyncIterator[GenerationOutput]) -> GenerationOutput:
 async def _until_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def http_facts(record: RequestRecord, path: str, traceparent: str | None, ended: float | None) -> dict[str, Any]:
+    """Times in seconds of the monotonic clock, under the names of the stages that they are."""
+    now = time.monotonic()
+    facts: dict[str, Any] = {"received": record.arrived, "stream_done": now if ended is None else ended, "cleanup_done": now}
+    facts["operation"] = "text_completion" if path.endswith("/completions") and "chat" not in path else "chat"
+    if record.first_token_s is not None and record.output is not None:
+        facts["first_token"] = record.arrived + record.first_token_s
+        facts["tokenized"] = record.output.metrics.tokenized_time
+        facts["decode_done"] = record.output.metrics.finish_time
+    if traceparent is not None:
+        facts["traceparent"] = traceparent[:128]
+    return facts
 
 
 def served_name(options: ServerOptions, model: str | None) -> str:

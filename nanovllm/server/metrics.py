@@ -25,6 +25,7 @@ PER_TOKEN = (0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.0075, *PER_TOKEN)
 REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 REQUEST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, *REQUEST)
 COMPLETIONS = (1, 2, 5, 10, 20)
+PART = (0.00001, 0.0001, 0.0005, *FIRST_TOKEN)
 
 TIMES = {  # histograms in seconds
     "vllm:time_to_first_token_seconds": ("time to first token", FIRST_TOKEN),
@@ -35,6 +36,10 @@ TIMES = {  # histograms in seconds
     "vllm:request_inference_time_seconds": ("time from the first scheduling to the last token", REQUEST),
     "vllm:request_prefill_time_seconds": ("time from the first scheduling to the first token", REQUEST),
     "vllm:request_decode_time_seconds": ("time from the first token to the last", REQUEST),
+    "nanovllm:ttft_queue_seconds": ("part of the time to first token: waiting in the engine", PART),
+    "nanovllm:ttft_prefill_seconds": ("part of the time to first token: computing the prompt", PART),
+    "nanovllm:ttft_first_decode_seconds": ("part of the time to first token: from the result to an output", PART),
+    "nanovllm:ttft_front_end_seconds": ("part of the time to first token: before and after the engine process", PART),
 }
 SIZES = {  # histograms of tokens per request
     "vllm:request_prompt_tokens": "prompt tokens",
@@ -114,10 +119,12 @@ class Metrics:
         histograms["vllm:request_params_n"] = Histogram.of(COMPLETIONS)
         counters: dict[str, dict[str, float]] = {name: {} if label else {"": 0} for name, (_, label) in COUNTERS.items()}
         counters["vllm:request_success"] = dict.fromkeys(("stop", "length", "abort", "error"), 0)
+        counters["nanovllm:requests_refused"] = dict.fromkeys(("queue_full", "queue_timeout"), 0)  # a rate needs a first 0
         self.counts = Snapshot(histograms, counters)
 
-    def begin(self, params: SamplingParams) -> RequestRecord:
-        return RequestRecord(self, params)
+    def begin(self, params: SamplingParams, arrived: float | None = None, name: str = "") -> RequestRecord:
+        """`arrived`: when the HTTP request did, in seconds of the monotonic clock; None: now."""
+        return RequestRecord(self, params, time.monotonic() if arrived is None else arrived, name)
 
     def count(self, name: str, label: str = "", by: float = 1) -> None:
         values = self.counts.counters[name]
@@ -134,11 +141,12 @@ class Metrics:
 class RequestRecord:
     """One request while it runs: what its tokens add to the counts, and what the access log says of it."""
 
-    __slots__ = ("_arrived", "_inter_token", "_last", "_metrics", "_num_tokens", "_params", "first_token_s", "output")
+    __slots__ = ("_inter_token", "_last", "_metrics", "_num_tokens", "_params", "arrived", "first_token_s", "name", "output")
 
-    def __init__(self, metrics: Metrics, params: SamplingParams) -> None:
+    def __init__(self, metrics: Metrics, params: SamplingParams, arrived: float, name: str) -> None:
         self._metrics, self._params = metrics, params
-        self._arrived = self._last = time.monotonic()
+        self.name = name  # the request id in the engine
+        self.arrived = self._last = arrived
         self._num_tokens = 0
         self._inter_token = metrics.counts.histograms["vllm:inter_token_latency_seconds"]
         self.first_token_s: float | None = None
@@ -159,8 +167,12 @@ class RequestRecord:
             self._num_tokens, self._last = num_tokens, now
 
     def _first(self, output: GenerationOutput, now: float) -> None:
-        self.output, self.first_token_s = output, now - self._arrived
+        self.output, self.first_token_s = output, now - self.arrived
         self._metrics.observe("vllm:time_to_first_token_seconds", self.first_token_s)
+        if (parts := output.metrics.ttft_parts) is not None:
+            for name, seconds in zip(parts._fields, parts):
+                self._metrics.observe(f"nanovllm:ttft_{name}_seconds", seconds)
+            self._metrics.observe("nanovllm:ttft_front_end_seconds", self.first_token_s - sum(parts))
         self._metrics.count("vllm:prompt_tokens", by=len(output.prompt_token_ids))
 
     def ended(self, error: BaseException | None) -> int:
@@ -206,11 +218,13 @@ class RequestRecord:
     def _observe_times(self, output: GenerationOutput) -> None:
         """The engine's times are of the same monotonic clock as ours."""
         metrics, times = self._metrics, output.metrics
-        metrics.observe("vllm:e2e_request_latency_seconds", self._last - self._arrived)
-        metrics.observe("vllm:request_time_per_output_token_seconds", times.tpot)
+        metrics.observe("vllm:e2e_request_latency_seconds", self._last - self.arrived)
         scheduled, first, finish = times.first_scheduled_time, times.first_token_time, times.finish_time
+        if finish is not None and self.first_token_s is not None and times.num_generated_tokens > 1:
+            decode = finish - self.arrived - self.first_token_s  # so that TTFT and the tokens after it add up
+            metrics.observe("vllm:request_time_per_output_token_seconds", decode / (times.num_generated_tokens - 1))
         if scheduled is not None:
-            metrics.observe("vllm:request_queue_time_seconds", scheduled - self._arrived)
+            metrics.observe("vllm:request_queue_time_seconds", scheduled - self.arrived)
             metrics.observe("vllm:request_inference_time_seconds", None if finish is None else finish - scheduled)
             metrics.observe("vllm:request_prefill_time_seconds", None if first is None else first - scheduled)
         if first is not None and finish is not None:

@@ -52,6 +52,9 @@ class ServerOptions:
     # --- log
     access_log: bool = True  # one line per request on standard error: metadata only, never a prompt or an answer
 
+    # --- set by `nanovllm serve` from the options of observability
+    tells_requests: bool = False  # report each request's HTTP times to the engine process, for its logs and traces
+
     def __post_init__(self) -> None:
         for field in fields(self):
             self._check(field.name, str(field.type))

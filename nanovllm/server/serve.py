@@ -14,6 +14,7 @@ import signal
 import socket
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from nanovllm.child_process import child_command
 from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.errors import ConfigError
 from nanovllm.log import logger
+from nanovllm.observability.observer import BUILDER, DEFAULT_BUILDER
+from nanovllm.observability.options import ObservabilityOptions
 from nanovllm.server.app import create_app
 from nanovllm.server.auth import Keyring
 from nanovllm.server.context import served_name
@@ -32,8 +35,11 @@ from nanovllm.server.options import ServerOptions
 YOUNG_S = 5.0  # a front end that dies younger than this would do it again
 
 
-def serve(options: ServerOptions, engine_options: dict[str, Any]) -> int:
+def serve(options: ServerOptions, engine_options: dict[str, Any], observability: ObservabilityOptions | None = None) -> int:
     """Run until a signal or the death of the engine; returns the exit status. Raises `ConfigError`, `ModelError`."""
+    if observability is not None and observability.is_on:
+        options = replace(options, tells_requests=observability.tells_requests)
+        engine_options = {**engine_options, **observed(options, engine_options, observability)}
     keyring = Keyring.load(options)  # before anything takes time
     allow_open_files(options.max_connections)
     listener = bind(options)
@@ -44,6 +50,13 @@ def serve(options: ServerOptions, engine_options: dict[str, Any]) -> int:
         listener.close()
         if options.uds is not None:
             Path(options.uds).unlink(missing_ok=True)
+
+
+def observed(options: ServerOptions, engine_options: dict[str, Any], observability: ObservabilityOptions) -> dict[str, Any]:
+    """Options of `AsyncEngine.start` for an engine with listeners."""
+    inner = engine_options.get("builder", DEFAULT_BUILDER)
+    model = served_name(options, engine_options.get("model"))
+    return {"builder": BUILDER, "builder_options": {"inner": inner, "options": observability.as_dict(), "model": model}}
 
 
 # --- one process

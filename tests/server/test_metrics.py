@@ -196,7 +196,10 @@ def test_a_record_counts_tokens_that_came_together_one_by_one():
     record = metrics.begin(SamplingParams(max_tokens=9))
     completion = SimpleNamespace(token_ids=[1], finish_reason=None)
     output = SimpleNamespace(
-        completions=[completion], prompt_token_ids=[1, 2], metrics=SimpleNamespace(num_cached_tokens=0), finished=False
+        completions=[completion],
+        prompt_token_ids=[1, 2],
+        metrics=SimpleNamespace(num_cached_tokens=0, ttft_parts=None),
+        finished=False,
     )
     record.grew(output)
     completion.token_ids += [1, 2, 3]
