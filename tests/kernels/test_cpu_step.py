@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -99,7 +96,12 @@ class TestProducts:
         x = torch.cat((torch.zeros(1, 64), random(1, 64) * 1e30, random(1, 64) * 1e-30))
         wanted = rounded(x, matrix.kind).double() @ unpack(matrix).double().T
         out = multiply(matrix, x, instruction_set).double()
-        torch.testing.assert_close(out / x.abs().amax(1, keepdim=True).clamp(min=1e-30), wanted / x.abs().amax(1, keepdim=True).clamp(min=1e-30), atol=1e-2, rtol=1e-4)
+        torch.testing.assert_close(
+            out / x.abs().amax(1, keepdim=True).clamp(min=1e-30),
+            wanted / x.abs().amax(1, keepdim=True).clamp(min=1e-30),
+            atol=1e-2,
+            rtol=1e-4,
+        )
         assert not out[0].any()
 
 
@@ -125,7 +127,10 @@ def test_the_most_negative_int8_is_multiplied_rightly(instruction_set):
 
 
 class TestPacking:
-    @pytest.mark.parametrize("pack, error", [(pack_bfloat16, 2**-8), (pack_int8_channel, 0.5 / 127), (pack_int8_group, 0.51 / 127), (pack_int4_group, 0.55 / 7.5)])
+    @pytest.mark.parametrize(
+        "pack, error",
+        [(pack_bfloat16, 2**-8), (pack_int8_channel, 0.5 / 127), (pack_int8_group, 0.51 / 127), (pack_int4_group, 0.55 / 7.5)],
+    )
     def test_error_is_at_most_half_a_step(self, pack, error):
         weight = random(40, 70)
         assert (unpack(pack(weight)) - weight).abs().max() <= error * weight.abs().max()
@@ -138,7 +143,9 @@ class TestPacking:
         raw = np.random.default_rng(0).integers(0, 256, (24, 3 * tensor_type.bytes_per_block), dtype=np.uint8)
         blocks = raw.reshape(24, 3, -1)
         num_halves = 2 if type_name == "Q4_1" else 1
-        blocks[:, :, : 2 * num_halves] = np.random.default_rng(1).normal(0, 1, (24, 3, num_halves)).astype(np.float16).view(np.uint8)
+        blocks[:, :, : 2 * num_halves] = (
+            np.random.default_rng(1).normal(0, 1, (24, 3, num_halves)).astype(np.float16).view(np.uint8)
+        )
         assert torch.equal(unpack(PACK_BLOCKS[type_name](raw), instruction_set), dequantize(raw, tensor_type))
 
 
@@ -147,7 +154,9 @@ class TestBuilding:
         monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
         calls = []
         monkeypatch.setattr(build, "compiler_version", lambda compiler: "1")
-        monkeypatch.setattr(build.subprocess, "run", lambda command, **options: (calls.append(command), Path(command[-1]).write_text("")))
+        monkeypatch.setattr(
+            build.subprocess, "run", lambda command, **options: (calls.append(command), Path(command[-1]).write_text(""))
+        )
         first = build.build("g++", "portable")
         assert build.build("g++", "portable") == first and len(calls) == 1
         assert build.build("g++", "avx2") != first and len(calls) == 2
