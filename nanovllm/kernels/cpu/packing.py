@@ -55,21 +55,21 @@ class PackedMatrix:
 
 
 def pack_bfloat16(weight: Tensor) -> PackedMatrix:
-    return PackedMatrix(Kind.BFLOAT16, *weight.shape, to_blocks(pad(weight, GROUP).bfloat16()))
+    return PackedMatrix(Kind.BFLOAT16, weight.shape[0], weight.shape[1], to_blocks(pad(weight, GROUP).bfloat16()))
 
 
 def pack_int8_channel(weight: Tensor) -> PackedMatrix:
     padded = pad(weight.float(), GROUP)
     scales = padded.abs().amax(1) / 127  # [padded_out]
     values = quantize(padded, scales.unsqueeze(1), -127, 127).to(torch.int8)
-    return PackedMatrix(Kind.INT8_CHANNEL, *weight.shape, quads_to_blocks(values), scales)
+    return PackedMatrix(Kind.INT8_CHANNEL, weight.shape[0], weight.shape[1], quads_to_blocks(values), scales)
 
 
 def pack_int8_group(weight: Tensor) -> PackedMatrix:
     groups = pad(weight.float(), GROUP).unflatten(1, (-1, GROUP))  # [padded_out, num_groups, 32]
     scales = (groups.abs().amax(2) / 127).half()
     values = quantize(groups, scales.float().unsqueeze(2), -127, 127).to(torch.int8)
-    return PackedMatrix(Kind.INT8_GROUP, *weight.shape, quads_to_blocks(values.flatten(1)), to_blocks(scales))
+    return PackedMatrix(Kind.INT8_GROUP, weight.shape[0], weight.shape[1], quads_to_blocks(values.flatten(1)), to_blocks(scales))
 
 
 def pack_int4_group(weight: Tensor) -> PackedMatrix:
