@@ -34,7 +34,7 @@ from nanovllm.model_spec import ModelSpec
 # How floats are packed: (a layer's matrices, embedding and head); and which stored GGUF blocks are taken as they are.
 PACKERS = {
     "bf16": (pack_bfloat16, pack_bfloat16),
-    "int8": (pack_int8_channel, pack_int8_group),
+    "int8": (pack_int8_group, pack_int8_group),
     "int4": (pack_int4_group, pack_int8_group),
 }
 NATIVE_BLOCKS = {"bf16": (), "int8": ("Q8_0",), "int4": ("Q8_0", "Q4_0", "Q4_1")}
