@@ -24,7 +24,6 @@ from nanovllm.kernels.cpu.packing import (
     PackedMatrix,
     pack_bfloat16,
     pack_int4_group,
-    pack_int8_channel,
     pack_int8_group,
 )
 from nanovllm.layers.rotary import RotaryTable
