@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
+import time
 
 import tokenizers
 from support import VOCAB_SIZE, CountingExecutor, FakeExecutor, make_scheduler
@@ -83,3 +85,10 @@ def failing(config: EngineConfig) -> ServedEngine:
 
 def refusing(config: EngineConfig) -> ServedEngine:
     raise RuntimeError("no such device")
+
+
+def never_ready(config: EngineConfig) -> ServedEngine:
+    """A model that loads for ever."""
+    print("loading for ever", file=sys.stderr, flush=True)
+    time.sleep(600)
+    raise SystemExit("a test has waited for ten minutes")
