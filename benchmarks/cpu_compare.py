@@ -9,6 +9,7 @@ days; ratios within one record are what counts. Workload: random token ids, seed
 sequences of 128 prompt tokens and 64 generated ones, greedy, median time of a decoding step.
 
     nanovllm       the whole engine: scheduler, sampler, detokenizer
+    nanovllm-bf16, -int8, -int4   the same over the compiled step (docs/cpu-step.md)
     transformers   bfloat16, dequantised, SDPA, static batch, its own generate()
     llamacpp       llama-cpp-python built for this machine (GGML_NATIVE), through its C interface: no sampler, no text
 """
@@ -147,7 +148,13 @@ def run_llamacpp(options: dict):
         yield f"decode_{size}", size / statistics.median(times)
 
 
-ENGINES = {"nanovllm": run_nanovllm, "transformers": run_transformers, "llamacpp": run_llamacpp}
+COMPILED = {f"nanovllm-{compute}": {"cpu_compute": compute} for compute in ("bf16", "int8", "int4")}
+ENGINES = {
+    "nanovllm": run_nanovllm,
+    **dict.fromkeys(COMPILED, run_nanovllm),
+    "transformers": run_transformers,
+    "llamacpp": run_llamacpp,
+}
 
 
 def run_child(engine: str, options: dict) -> None:
@@ -188,7 +195,8 @@ def main() -> None:
         order = arguments.engines if repeat % 2 == 0 else arguments.engines[::-1]
         for engine in order:
             python = arguments.llamacpp_python if engine == "llamacpp" else sys.executable
-            runs[engine].append(run_in_process(engine, python, arguments.options if engine == "nanovllm" else {}))
+            options = {**arguments.options, **COMPILED.get(engine, {})} if engine.startswith("nanovllm") else {}
+            runs[engine].append(run_in_process(engine, python, options))
             print(engine, {name: round(value, 2) for name, value in runs[engine][-1].items()}, flush=True)
     results = {engine: {name: summary([run[name] for run in rows]) for name in rows[0]} for engine, rows in runs.items()}
     print(f"\n{'median':<14}" + "".join(f"{name:>13}" for name in next(iter(results.values()))))

@@ -15,6 +15,7 @@ from nanovllm.errors import ConfigError, did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+CPU_COMPUTES = ("auto", "torch", "bf16", "int8", "int4")
 ALIASES = {  # names that nano-vllm's and vLLM's scripts use
     "kvcache_block_size": "block_size",
     "num_kvcache_blocks": "num_kv_blocks",
@@ -72,6 +73,7 @@ class EngineConfig:
     enforce_eager: bool = False  # no CUDA graphs
     tensor_parallel_size: int = 1  # ranks that share one model
     num_threads: int | None = None  # CPU threads; None: as many as this process may use
+    cpu_compute: str = "auto"  # torch, or the compiled step with weights in bf16, int8 or int4 (docs/cpu-step.md); auto: torch
 
     def __post_init__(self) -> None:
         if isinstance(self.model, Path):
@@ -104,7 +106,8 @@ class EngineConfig:
         return SchedulerLimits(self.max_num_seqs, self.max_num_batched_tokens, self.max_prompt_chunk, self.watermark)
 
     def _check_choices(self) -> None:
-        for name, choices in (("dtype", DTYPES), ("device", DEVICES), ("hub", ("huggingface", "modelscope"))):
+        hubs = ("huggingface", "modelscope")
+        for name, choices in (("dtype", DTYPES), ("device", DEVICES), ("hub", hubs), ("cpu_compute", CPU_COMPUTES)):
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}{did_you_mean(str(value), choices)}")

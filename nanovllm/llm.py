@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nanovllm.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.attention.compiled import CompiledAttention
 from nanovllm.attention.select import select_backend
 from nanovllm.attention.triton_paged import TritonAttention
 from nanovllm.config import EngineConfig
@@ -28,11 +29,14 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import ConfigError, InvalidPrompt, RequestError
 from nanovllm.executor.in_process import InProcessExecutor
 from nanovllm.kernels.compiles import compile_ahead, watch_compiles
+from nanovllm.kernels.cpu.build import best_instruction_set, load_step
 from nanovllm.loaders.checkpoint import Checkpoint, open_checkpoint
 from nanovllm.loaders.load import load_weights
 from nanovllm.loaders.weight_source import WeightSource
 from nanovllm.log import logger, show_log_unless_configured
 from nanovllm.model_spec import ModelSpec
+from nanovllm.models.compiled_decoder import CompiledDecoder, explain_refusal
+from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import find_family, read_model_spec
 from nanovllm.outputs import EmbeddingOutput, GenerationOutput
 from nanovllm.parallel.group import ParallelGroup
@@ -272,15 +276,17 @@ def build_engine(
     policy = make_policy(config.scheduling_policy)
     config, plan, dtype = resolve(config, platform, spec)
     watch.lap("plan")
-    model = find_family(spec.architecture)(spec, ParallelGroup(), dtype)
+    model = make_model(config, spec, dtype)
     load_weights(model, weights)
     model.finish_loading(platform.device, plan.max_model_len)
     watch.lap("weights")
     attention = AttentionSpec(model.num_heads, model.num_kv_heads, spec.head_dim, plan.block_size)
-    backend = select_backend(attention, dtype, platform.device)
+    is_compiled = isinstance(model, CompiledDecoder)
+    config = config if is_compiled else config.with_changes(cpu_compute="torch")
+    backend = CompiledAttention(attention) if is_compiled else select_backend(attention, dtype, platform.device)
     limits = config.scheduler_limits
     runner = ModelRunner(
-        model,
+        model,  # type: ignore[arg-type]  # a CompiledDecoder stands where a Decoder does
         backend,
         [],
         block_size=plan.block_size,
@@ -307,6 +313,25 @@ def build_engine(
         seed=config.seed,
     )
     return BuiltEngine(engine, config, spec, plan, platform, tuple(eos_token_ids), watch.laps)
+
+
+def make_model(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> Decoder | CompiledDecoder:
+    """Of a resolved config. The torch model where the compiled step was not asked for, or cannot be built here."""
+    library = None if config.cpu_compute == "torch" else load_step()
+    if library is not None:
+        logger.info("compiled step: %s weights, %s instructions", config.cpu_compute, best_instruction_set())
+        return CompiledDecoder(spec, config.cpu_compute, dtype, library, torch.get_num_threads())
+    return find_family(spec.architecture)(spec, ParallelGroup(), dtype)
+
+
+def resolve_cpu_compute(config: EngineConfig, platform: Platform, spec: ModelSpec) -> str:
+    """A refusal comes before anything is loaded, and names what to do."""
+    if config.cpu_compute in ("auto", "torch"):
+        return "torch"
+    refusal = "the device is not a CPU" if platform.device.type != "cpu" else explain_refusal(spec)
+    if refusal is not None:
+        raise ConfigError(f"cpu_compute={config.cpu_compute!r} cannot run this model: {refusal}; use cpu_compute='torch'")
+    return config.cpu_compute
 
 
 def make_kv_caches(
@@ -390,6 +415,7 @@ def resolve(config: EngineConfig, platform: Platform, spec: ModelSpec) -> tuple[
         max_num_batched_tokens=token_budget,
         num_steps_ahead=steps_ahead,
         gpu_memory_utilization=share,
+        cpu_compute=resolve_cpu_compute(config, platform, spec),
     )
     plan = make_plan(config, spec, dtype, platform, platform.memory())
     if config.max_model_len is None and plan.max_model_len < spec.max_position:

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.kernels.cpu import build
 from nanovllm.loaders.checkpoint import DEMO_PACKAGE, find_demo
 
 DATA = Path(__file__).with_name("data")
@@ -180,3 +181,15 @@ def test_the_perplexity_is_that_of_transformers(llm, reference, exact_perplexity
 def test_bfloat16_costs_less_than_half_a_percent_of_perplexity(llm):
     with make_llm(dtype="bfloat16") as rounded:  # two windows: where the processor has no bfloat16, it is emulated slowly
         assert perplexity(rounded, 2) == pytest.approx(perplexity(llm, 2), rel=0.005)
+
+
+class TestTheCompiledStep:
+    """The demo file is Q4_1 with a Q8_0 embedding: int4 takes both as they are."""
+
+    @pytest.mark.parametrize("compute", ["bf16", "int8", "int4"])
+    def test_knows_what_the_torch_path_knows(self, compute):
+        if build.find_compiler() is None:
+            pytest.skip("no C++ compiler")
+        with make_llm(cpu_compute=compute) as llm:
+            (output,) = llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
+        assert "Paris" in output.text

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 
@@ -19,3 +20,5 @@ class WeightSlot:
 
     shape: tuple[int, ...]  # in the checkpoint: all ranks together
     load: Callable[[Tensor], object]  # copies this rank's part of the full tensor into the parameter, converting its dtype
+    block_types: tuple[str, ...] = ()  # quantised GGUF types, such as "Q4_1", that it takes as they are stored
+    load_blocks: Callable[[np.ndarray, str], object] | None = None  # takes [num_rows, bytes_per_row] uint8, and the type

@@ -14,7 +14,7 @@ import torch
 
 from nanovllm.errors import WeightMismatch
 from nanovllm.layers.weight_slot import WeightSlot
-from nanovllm.loaders.weight_source import WeightSource
+from nanovllm.loaders.weight_source import BlockSource, WeightSource
 
 
 class LoadableModel(Protocol):
@@ -36,9 +36,19 @@ def load_weights(model: LoadableModel, source: WeightSource, *, progress: Callab
     names = [name for name in source.names() if name in slots]
     with torch.no_grad():
         for num_loaded, name in enumerate(names, start=1):
-            slots[name].load(source.load(name))
+            fill_slot(slots[name], source, name)
             if progress is not None:
                 progress(num_loaded, len(names))
+
+
+def fill_slot(slot: WeightSlot, source: WeightSource, name: str) -> None:
+    """By the tensor's values; or by its quantised blocks, where the source has them and the slot takes their type."""
+    if slot.load_blocks is not None and isinstance(source, BlockSource):
+        type_name = source.type_name(name)
+        if type_name in slot.block_types:
+            slot.load_blocks(source.raw(name), type_name)
+            return
+    slot.load(source.load(name))
 
 
 def check_weights(slots: Mapping[str, WeightSlot], source: WeightSource, is_ignored: Callable[[str], bool]) -> None:

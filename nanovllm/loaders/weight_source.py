@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -23,6 +24,15 @@ class WeightSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def load(self, name: str) -> Tensor: ...
+
+
+@runtime_checkable
+class BlockSource(Protocol):
+    """A source that also hands out tensors as they are stored, in quantised blocks."""
+
+    def type_name(self, name: str) -> str: ...
+
+    def raw(self, name: str) -> np.ndarray: ...
 
 
 class RandomWeights:

@@ -37,7 +37,7 @@ class CpuPlatform:
 
     def default_dtype(self) -> torch.dtype:
         """bfloat16 where the processor multiplies in it; elsewhere it is emulated, and slower than float32."""
-        has_bf16 = any(name in _cpu_flags() for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        has_bf16 = any(name in cpu_flags() for name in ("avx512_bf16", "amx_bf16", "bf16"))
         return torch.bfloat16 if has_bf16 else torch.float32
 
     def memory(self) -> DeviceMemory:
@@ -79,7 +79,7 @@ def keep_freed_memory() -> None:
         return  # not glibc: its allocator is what it is
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
     """Feature names of the processor (x86: flags, ARM: Features); empty where /proc does not tell."""
     for line in _read("/proc/cpuinfo").splitlines():
         if line.startswith(("flags", "Features")):

@@ -1,0 +1,95 @@
+"""Builds step.cpp with the machine's own compiler, once, and loads it.
+
+The library lies in a cache under a name made of the source, the compiler and its flags, so nothing stale is ever loaded.
+It is written under another name and then renamed: two processes may build at once. Where there is no compiler, `load_step`
+says so in one log line and returns None; the torch path runs. The C interface is described in library.py.
+
+    NANOVLLM_CACHE    where built libraries go, else ~/.cache/nanovllm
+    NANOVLLM_CPU_ISA  forces "portable" or "avx2", for tests and measurements
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from nanovllm.errors import ConfigError
+from nanovllm.log import logger
+from nanovllm.platforms.cpu import cpu_flags
+
+SOURCE = Path(__file__).with_name("step.cpp")
+COMPILERS = ("g++", "clang++", "c++")
+COMMON_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+# Best first; each needs these features of the processor, and the compiler's flags for them.
+INSTRUCTION_SETS: dict[str, tuple[set[str], tuple[str, ...]]] = {
+    "avx2": ({"avx2", "fma", "f16c"}, ("-mavx2", "-mfma", "-mf16c")),
+    "portable": (set(), ()),
+}
+BUILD_SECONDS = 300
+
+
+def best_instruction_set() -> str:
+    """What this processor has, unless NANOVLLM_CPU_ISA says otherwise."""
+    forced = os.environ.get("NANOVLLM_CPU_ISA")
+    if forced is not None:
+        if forced not in INSTRUCTION_SETS:
+            raise ConfigError(f"NANOVLLM_CPU_ISA={forced!r} is not one of {', '.join(INSTRUCTION_SETS)}")
+        return forced
+    return next(name for name, (needed, _) in INSTRUCTION_SETS.items() if needed <= cpu_flags())
+
+
+def load_step(instruction_set: str | None = None, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+    """The library for this processor, built if it has to be; None, and a log line, where that is impossible."""
+    instruction_set = instruction_set or best_instruction_set()
+    compiler = find_compiler()
+    if compiler is None:
+        logger.info("no C++ compiler (%s): the torch path runs, not the compiled step", ", ".join(COMPILERS))
+        return None
+    try:
+        return ctypes.CDLL(str(build(compiler, instruction_set, extra_flags)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        logger.warning("%s did not build the compiled step (%s): the torch path runs", compiler, reason[0] if reason else error)
+        return None
+
+
+def find_compiler() -> str | None:
+    names = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def build(compiler: str, instruction_set: str, extra_flags: tuple[str, ...] = ()) -> Path:
+    """The path of the library; compiles only what is not in the cache."""
+    flags = (*COMMON_FLAGS, *INSTRUCTION_SETS[instruction_set][1], *extra_flags)
+    identity = "\0".join((compiler, compiler_version(compiler), platform.machine(), *flags)).encode() + SOURCE.read_bytes()
+    library = cache_folder() / f"step-{instruction_set}-{hashlib.sha256(identity).hexdigest()[:20]}.so"
+    if not library.exists():
+        handle, unfinished = tempfile.mkstemp(dir=library.parent, suffix=".so")
+        os.close(handle)
+        command = [compiler, *flags, str(SOURCE), "-o", unfinished]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+            os.replace(unfinished, library)
+        finally:
+            Path(unfinished).unlink(missing_ok=True)
+    return library
+
+
+@cache
+def compiler_version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+
+
+def cache_folder() -> Path:
+    """Made if it has to be, for this user alone: what lies there is executed."""
+    chosen = os.environ.get("NANOVLLM_CACHE")
+    folder = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder

@@ -1,0 +1,189 @@
+"""The compiled step's products and packing: every instruction set against the torch twin, and against the portable one."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.errors import ConfigError
+from nanovllm.kernels.cpu import build
+from nanovllm.kernels.cpu.library import Layer, Matrix, Model, address, declare
+from nanovllm.kernels.cpu.packing import (
+    PACK_BLOCKS,
+    Kind,
+    PackedMatrix,
+    pack_bfloat16,
+    pack_int4_group,
+    pack_int8_channel,
+    pack_int8_group,
+)
+from nanovllm.loaders.gguf_blocks import dequantize
+from nanovllm.loaders.gguf_file import TENSOR_TYPES, TensorType
+from nanovllm.platforms.cpu import cpu_flags
+
+HERE = [name for name, (needed, _) in build.INSTRUCTION_SETS.items() if needed <= cpu_flags()]
+PACKERS = [pack_bfloat16, pack_int8_channel, pack_int8_group, pack_int4_group]
+pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
+
+
+@cache
+def library(instruction_set: str) -> ctypes.CDLL:
+    loaded = build.load_step(instruction_set)
+    assert loaded is not None
+    return declare(loaded)
+
+
+def unpack(matrix: PackedMatrix, instruction_set: str = "portable") -> Tensor:
+    out = torch.empty(matrix.num_out, matrix.num_in)
+    for row in range(matrix.num_out):
+        library(instruction_set).nanovllm_unpack_row(ctypes.byref(Matrix.of(matrix)), row, address(out[row]))
+    return out
+
+
+def multiply(matrix: PackedMatrix, x: Tensor, instruction_set: str, num_threads: int = 1) -> Tensor:
+    out = torch.full((len(x), matrix.num_out), torch.nan)
+    one = library(instruction_set)
+    handle = one.nanovllm_create(ctypes.byref(Model(layers=(Layer * 0)())), num_threads)
+    one.nanovllm_multiply(handle, ctypes.byref(Matrix.of(matrix)), address(x), len(x), address(out))
+    one.nanovllm_destroy(handle)
+    return out
+
+
+def rounded(x: Tensor, kind: Kind) -> Tensor:
+    """The twin of how activations are quantised: int8 by row or by group of 32, not at all for bfloat16 weights."""
+    if kind == Kind.BFLOAT16:
+        return x
+    width = x.shape[1] if kind == Kind.INT8_CHANNEL else 32
+    groups = torch.nn.functional.pad(x, (0, -x.shape[1] % width)).unflatten(1, (-1, width))
+    peak = groups.abs().amax(2, keepdim=True)
+    inverse = torch.where(peak > 0, torch.full_like(peak, 127) / peak, 0)  # `127 / peak` would be rounded twice
+    return ((groups * inverse).round() * (peak / 127)).flatten(1)[:, : x.shape[1]]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("pack", PACKERS)
+@pytest.mark.parametrize("instruction_set", HERE)
+class TestProducts:
+    @pytest.mark.parametrize("num_out, num_in", [(1, 4), (17, 33), (100, 48), (48, 1536)])
+    @pytest.mark.parametrize("num_rows", [1, 2, 3, 65])
+    def test_are_those_of_the_torch_twin(self, pack, instruction_set, num_out, num_in, num_rows):
+        matrix, x = pack(random(num_out, num_in)), random(num_rows, num_in, seed=1)
+        wanted = rounded(x, matrix.kind).double() @ unpack(matrix).double().T
+        close = 2e-5 * num_in**0.5 * 4
+        torch.testing.assert_close(multiply(matrix, x, instruction_set).double(), wanted, atol=close, rtol=1e-5)
+
+    def test_of_a_row_do_not_depend_on_its_neighbours_or_the_threads(self, pack, instruction_set):
+        matrix, x = pack(random(80, 96)), random(70, 96, seed=1)
+        every = multiply(matrix, x, instruction_set)
+        assert torch.equal(every, multiply(matrix, x, instruction_set, num_threads=3))
+        for first, end in ((0, 1), (5, 8), (66, 70), (0, 64)):
+            assert torch.equal(every[first:end], multiply(matrix, x[first:end].contiguous(), instruction_set))
+
+    def test_of_zeros_and_of_huge_and_tiny_values(self, pack, instruction_set):
+        weight = random(32, 64)
+        weight[3] = 0
+        matrix = pack(weight)
+        x = torch.cat((torch.zeros(1, 64), random(1, 64) * 1e30, random(1, 64) * 1e-30))
+        wanted = rounded(x, matrix.kind).double() @ unpack(matrix).double().T
+        out = multiply(matrix, x, instruction_set).double()
+        torch.testing.assert_close(
+            out / x.abs().amax(1, keepdim=True).clamp(min=1e-30),
+            wanted / x.abs().amax(1, keepdim=True).clamp(min=1e-30),
+            atol=1e-2,
+            rtol=1e-4,
+        )
+        assert not out[0].any()
+
+
+@pytest.mark.parametrize("instruction_set", HERE)
+@pytest.mark.parametrize("pack", PACKERS)
+def test_extreme_weights_and_activations_do_not_overflow(pack, instruction_set):
+    """All products of a group at their largest, with both signs: int16 sums must hold them."""
+    signs = torch.tensor([1.0, -1.0]).repeat(32)
+    matrix = pack(torch.stack([torch.ones(64), -torch.ones(64), signs, -signs] * 4))
+    x = torch.stack([torch.ones(64), -torch.ones(64), signs])
+    wanted = x @ unpack(matrix).T
+    torch.testing.assert_close(multiply(matrix, x, instruction_set), wanted, atol=0.02, rtol=1e-3)
+
+
+@pytest.mark.parametrize("instruction_set", HERE)
+def test_the_most_negative_int8_is_multiplied_rightly(instruction_set):
+    """GGUF files may hold -128, whose absolute value is no int8."""
+    raw = np.zeros((16, 34), dtype=np.uint8)
+    raw[:, :2] = np.float16(1.0).reshape(1).view(np.uint8)
+    raw[:, 2:] = 0x80
+    out = multiply(PACK_BLOCKS["Q8_0"](raw), torch.full((1, 32), 127.0), instruction_set)
+    assert out.tolist() == [[-128.0 * 127 * 32] * 16]
+
+
+class TestPacking:
+    @pytest.mark.parametrize(
+        "pack, error",
+        [(pack_bfloat16, 2**-8), (pack_int8_channel, 0.5 / 127), (pack_int8_group, 0.51 / 127), (pack_int4_group, 0.55 / 7.5)],
+    )
+    def test_error_is_at_most_half_a_step(self, pack, error):
+        weight = random(40, 70)
+        assert (unpack(pack(weight)) - weight).abs().max() <= error * weight.abs().max()
+
+    @pytest.mark.parametrize("type_name", list(PACK_BLOCKS))
+    @pytest.mark.parametrize("instruction_set", HERE)
+    def test_blocks_of_gguf_lose_nothing(self, type_name, instruction_set):
+        tensor_type = next(one for one in TENSOR_TYPES.values() if one.name == type_name)
+        assert isinstance(tensor_type, TensorType)
+        raw = np.random.default_rng(0).integers(0, 256, (24, 3 * tensor_type.bytes_per_block), dtype=np.uint8)
+        blocks = raw.reshape(24, 3, -1)
+        num_halves = 2 if type_name == "Q4_1" else 1
+        blocks[:, :, : 2 * num_halves] = (
+            np.random.default_rng(1).normal(0, 1, (24, 3, num_halves)).astype(np.float16).view(np.uint8)
+        )
+        assert torch.equal(unpack(PACK_BLOCKS[type_name](raw), instruction_set), dequantize(raw, tensor_type))
+
+
+class TestBuilding:
+    def test_is_done_once_and_again_for_other_flags(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
+        calls = []
+        monkeypatch.setattr(build, "compiler_version", lambda compiler: "1")
+        monkeypatch.setattr(
+            build.subprocess, "run", lambda command, **options: (calls.append(command), Path(command[-1]).write_text(""))
+        )
+        first = build.build("g++", "portable")
+        assert build.build("g++", "portable") == first and len(calls) == 1
+        assert build.build("g++", "avx2") != first and len(calls) == 2
+        monkeypatch.setattr(build, "compiler_version", lambda compiler: "2")
+        assert build.build("g++", "portable") != first and len(calls) == 3
+        assert len(list(tmp_path.iterdir())) == 3  # nothing unfinished stays
+
+    def test_without_a_compiler_says_so_and_gives_nothing(self, monkeypatch, caplog):
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        monkeypatch.setattr(build.logger, "propagate", True)
+        with caplog.at_level("INFO"):
+            assert build.load_step() is None
+        assert "no C++ compiler" in caplog.text
+
+    def test_that_fails_gives_nothing_and_leaves_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
+        monkeypatch.setenv("CXX", shutil.which("false") or "/bin/false")
+        assert build.load_step() is None
+        assert not list(tmp_path.iterdir())
+
+    def test_the_instruction_set_can_be_forced(self, monkeypatch):
+        monkeypatch.setenv("NANOVLLM_CPU_ISA", "portable")
+        assert build.best_instruction_set() == "portable"
+        monkeypatch.setenv("NANOVLLM_CPU_ISA", "mmx")
+        with pytest.raises(ConfigError, match="portable"):
+            build.best_instruction_set()
+
+    @pytest.mark.parametrize("instruction_set", HERE)
+    def test_a_library_says_what_it_is(self, instruction_set):
+        assert library(instruction_set).nanovllm_instruction_set().decode() == instruction_set
