@@ -1,9 +1,10 @@
-"""The command line: `nanovllm generate | chat | serve | env`. Options are generated from the fields of dataclasses.
+"""The command line: `nanovllm generate | chat | serve | bench | env`. Options are generated from the fields of dataclasses.
 
     nanovllm generate "The capital of France is" --max-tokens 20
     nanovllm chat --model Qwen/Qwen3-0.6B
     nanovllm serve --port 8000
     nanovllm chat --url http://127.0.0.1:8000
+    nanovllm bench serve --url http://127.0.0.1:8000 --precision bfloat16 --workload poisson
     nanovllm env
 
 The help text of an option is the comment on its field: one place says what an option means.
@@ -25,6 +26,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from importlib import metadata
 from typing import Any
 
+from nanovllm.bench.commands import add_bench_commands
 from nanovllm.config import EngineConfig
 from nanovllm.engine.progress import deferred_interrupt
 from nanovllm.errors import ConfigError, InvalidPrompt, NanoVllmError
@@ -70,6 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     serve = _add_command(commands, "serve", run_serve, "OpenAI-compatible HTTP server")
     _add_fields(serve.add_argument_group("server"), ServerOptions)
     _add_fields(serve.add_argument_group("engine"), EngineConfig)
+    bench = commands.add_parser("bench", help="workloads, records, comparisons", description="Reproducible benchmarks.")
+    add_bench_commands(bench, lambda parser: _add_fields(parser.add_argument_group("engine"), EngineConfig))
     _add_command(commands, "env", run_env, "print versions, devices and what would be used")
     return parser
 

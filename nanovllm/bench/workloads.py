@@ -13,7 +13,7 @@ import inspect
 import json
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from pathlib import Path
 from random import Random
@@ -62,6 +62,22 @@ class Workload:
         }
 
 
+SHIFT = 1009  # a prime
+
+
+def shifted(workload: Workload, number: int) -> Workload:
+    """The same workload in other words: every token id moved by `number` places, so that no prefix cache knows it yet.
+
+    Which prompts share what with each other stays as it is. Ids stay within the range that the workload uses:
+        ids from 1 to 9, number 1, SHIFT 1009: 9 -> 1 + (8 + 1009) % 9 = 1
+    """
+    low = min(min(one.prompt) for one in workload.requests)
+    size = max(max(one.prompt) for one in workload.requests) - low + 1
+    offset = number * SHIFT - low
+    requests = [replace(one, prompt=tuple(low + (token + offset) % size for token in one.prompt)) for one in workload.requests]
+    return replace(workload, requests=requests)
+
+
 def _distribution(values: list[int]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values), "sum": sum(values)}
 
@@ -77,7 +93,12 @@ def nano_vllm(rng: Random, num_requests: int = 256, shortest: int = 100, longest
 
 
 def fixed(
-    rng: Random, num_requests: int = 64, rate: float = inf, num_input: int = 256, num_output: int = 128, vocabulary: int = VOCABULARY
+    rng: Random,
+    num_requests: int = 64,
+    rate: float = inf,
+    num_input: int = 256,
+    num_output: int = 128,
+    vocabulary: int = VOCABULARY,
 ) -> Iterator[Request]:
     """Equal lengths, equal distances; `rate` in requests per second, inf: all at once."""
     for number in range(num_requests):
@@ -175,7 +196,9 @@ def long_context(
         yield Request(at, _tokens(rng, rng.randint(shortest, longest), vocabulary), num_output)
 
 
-def multi_tenant(rng: Random, seconds: float = 30.0, rate: float = 4.0, scale: int = 16, vocabulary: int = VOCABULARY) -> Iterator[Request]:
+def multi_tenant(
+    rng: Random, seconds: float = 30.0, rate: float = 4.0, scale: int = 16, vocabulary: int = VOCABULARY
+) -> Iterator[Request]:
     """Three tenants: "chat" (short, steady), "batch" (long outputs, all at the start), "report" (long prompts, in bursts).
 
     `rate` is that of "chat"; lengths are multiples of `scale` tokens.
@@ -204,7 +227,9 @@ def trace(rng: Random, path: str = "", vocabulary: int = VOCABULARY, speed: floa
             raise ConfigError(f"{path}, line {number} is not a request of a trace: {error!r}") from error
 
 
-def _trace_request(rng: Random, line: dict[str, Any], blocks: dict[int, tuple[int, ...]], vocabulary: int, speed: float) -> Request:
+def _trace_request(
+    rng: Random, line: dict[str, Any], blocks: dict[int, tuple[int, ...]], vocabulary: int, speed: float
+) -> Request:
     if "timestamp" in line:  # Mooncake's: milliseconds, and an id for each 512 tokens of the prompt
         prompt: tuple[int, ...] = ()
         for block_id in line.get("hash_ids", []):
