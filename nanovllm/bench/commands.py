@@ -205,7 +205,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     records = [_checked(path) for path in (arguments.a, arguments.b)]
     margins: dict[str, float] = {}
     if arguments.noise:
-        margins = compare.noise_margins(*map(_checked, arguments.noise))
+        margins = compare.noise_margin(*map(_checked, arguments.noise))
     verdicts = compare.compare_records(*records, varied=arguments.vary, margin=arguments.margin, margins=margins)
     _print_verdicts(verdicts)
     return 0

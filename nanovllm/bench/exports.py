@@ -54,7 +54,7 @@ def vllm_result(record: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any
         "tokenizer_id": record["model"],
         "num_prompts": record["num_requests"],
         "request_rate": parameters.get("rate", "inf"),
-        "burstiness": 1.0 if record["workload"]["name"] == "poisson" else None,
+        "burstiness": 1.0 if "spread" in parameters else None,
         "max_concurrency": settings.get("max_concurrency"),
         "duration": record["seconds"][repeat],
         "completed": len(good),

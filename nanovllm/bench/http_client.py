@@ -62,9 +62,8 @@ class Endpoint:
         return f"{method} {self.path} HTTP/1.1\r\nHost: {host}:{self.port}\r\nConnection: close\r\n{self._key}{body}\r\n".encode()
 
 
-async def stream(endpoint: Endpoint, body: dict[str, Any], timeout_s: float, keep_text: bool = False) -> Exchange:
-    """Never raises for what a server does: the error is in the exchange."""
-    data = json.dumps(body).encode()
+async def stream(endpoint: Endpoint, data: bytes, timeout_s: float, keep_text: bool = False) -> Exchange:
+    """`data`: JSON, made before the clock runs. Never raises for what a server does: the error is in the exchange."""
     exchange = Exchange(time.perf_counter())
     reader = _EventReader(exchange, keep_text)
     error = await _exchange(endpoint, endpoint.head(len(data)) + data, reader, timeout_s)

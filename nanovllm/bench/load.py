@@ -8,6 +8,7 @@ waits in the client, which is not part of its latency, but the lag shows it.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -95,7 +96,7 @@ async def find_model(url: str, api_key: str | None) -> tuple[str, int | None]:
 async def send_workload(target: Target, workload: Workload, repeat: int = 0) -> tuple[list[Row], float]:
     """(a row per request, seconds from the first request to the last answer)."""
     endpoint = target.endpoint()
-    bodies = [target.body(request, workload.temperature) for request in workload.requests]
+    bodies = [json.dumps(target.body(request, workload.temperature)).encode() for request in workload.requests]
     ended = [asyncio.Event() for _ in bodies]
     gate = asyncio.Semaphore(target.max_concurrency or len(bodies))
     start = time.perf_counter()
