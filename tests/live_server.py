@@ -105,7 +105,7 @@ def close_decision(server: LiveServer, prompt: list[int]) -> tuple[dict[str, Any
 @contextmanager
 def live_server(*options: str) -> Iterator[LiveServer]:
     """`options`: those of `nanovllm serve`."""
-    command = [sys.executable, "-m", "nanovllm", "serve", "--port", "0", "--num-threads", "1", *options]
+    command = [sys.executable, "-m", "nanovllm", "serve", "--port", "0", *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
     log: list[str] = []

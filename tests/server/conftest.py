@@ -18,5 +18,7 @@ def live() -> Iterator[LiveServer]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-qwen")
     options = ("--served-model-name", "tiny-qwen", "--max-model-len", "512", "--kv-cache-memory-bytes", str(2**24))
-    with live_server("--model", str(folder), *options, "--max-num-seqs", "16", "--max-prompts-per-request", "8") as server:
+    with live_server(
+        "--model", str(folder), *options, "--num-threads", "1", "--max-num-seqs", "16", "--max-prompts-per-request", "8"
+    ) as server:
         yield server

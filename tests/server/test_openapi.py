@@ -81,7 +81,7 @@ def search(operation, mode, change, url):
 
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode), choose=hypothesis.strategies.randoms())
     @hypothesis.settings(
-        max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=12, deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
     )
     def send(case, choose):
         case.body = change(case.body, choose)
