@@ -27,7 +27,7 @@ def distribution_plot(title: str, unit: str, series: Sequence[tuple[str, Sequenc
         places = sorted({round(i * (len(ordered) - 1) / (MAX_POINTS - 1)) for i in range(MAX_POINTS)} if ordered else ())
         points = " ".join(f"{axis.at(ordered[i]):.1f},{share.at((i + 1) / len(ordered)):.1f}" for i in places)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{_colour(number)}" stroke-width="2"/>')
-        parts.append(_legend(number, name))
+        parts.append(_legend(len(series) - 1 - number, name, _colour(number)))
     return _svg(parts, HEIGHT)
 
 
@@ -89,11 +89,12 @@ def _frame(title: str, unit: str, x: Axis, y: Axis, y_ticks: Sequence[tuple[floa
     return "\n".join(parts)
 
 
-def _legend(number: int, name: str) -> str:
-    y = HEIGHT - BOTTOM - 12 - 16 * number
+def _legend(line: int, name: str, colour: str) -> str:
+    """Lower right, where a distribution is rarely; lines count from below."""
+    y = HEIGHT - BOTTOM - 12 - 16 * line
     text = f'<text x="{WIDTH - RIGHT - 20}" y="{y + 4}" text-anchor="end" class="halo">{escape(_shorten(name, 40))}</text>'
     ends = f'x1="{WIDTH - RIGHT - 16}" x2="{WIDTH - RIGHT - 2}" y1="{y}" y2="{y}"'
-    return text + f'<line {ends} stroke="{_colour(number)}" stroke-width="3"/>'
+    return text + f'<line {ends} stroke="{colour}" stroke-width="3"/>'
 
 
 def _colour(number: int) -> str:

@@ -47,13 +47,14 @@ TITLES = {
 STYLE = """body{font:15px/1.5 sans-serif;color:#222;max-width:1180px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:3px 9px;text-align:right}
 td:first-child,th:first-child{text-align:left}th{background:#f3f3f3}.plots{display:flex;flex-wrap:wrap;gap:12px}
-.fixed td{text-align:left;overflow-wrap:anywhere}"""
+.fixed td{text-align:left;overflow-wrap:anywhere}
+.fixed td:first-child{white-space:nowrap;overflow-wrap:normal}"""
 
 
 def write_report(items: Sequence[Item], folder: Path) -> list[Path]:
     """Returns the paths of the Markdown and the HTML file."""
     folder.mkdir(parents=True, exist_ok=True)
-    tables, plots = [_boundary_table(items), _figure_table(items), *_tenant_tables(items), *_verdicts(items)], _plots(items)
+    tables, plots = [_boundary_table(items), _figure_table(items), *_verdicts(items), *_tenant_tables(items)], _plots(items)
     for name, svg in plots:
         (folder / f"{name}.svg").write_text(svg + "\n", encoding="utf-8")
     markdown, page = folder / "report.md", folder / "report.html"
@@ -79,7 +80,9 @@ def _boundary_table(items: Sequence[Item]) -> Table:
         ("note", lambda one: one.get("note") or ""),
         ("status", lambda one: one["status"]),
     ):
-        lines.append([label, *(text_of(record) for _, record, _ in items)])
+        cells = [text_of(record) for _, record, _ in items]
+        if any(cells):
+            lines.append([label, *cells])
     return "What was fixed", ["", *(name for name, _, _ in items)], lines
 
 
@@ -160,9 +163,16 @@ def _html(tables: Sequence[Table], plots: Sequence[str]) -> str:
     parts = ['<!doctype html><html lang="en"><meta charset="utf-8"><title>Benchmark report</title>', f"<style>{STYLE}</style>"]
     parts.append("<h1>Benchmark report</h1>")
     for number, (title, head, lines) in enumerate(tables):
+        if number == 2:  # after what was fixed and the figures
+            parts.append(_plots_section(plots))
         rows = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
         rows += ["".join(f"<td>{escape(cell)}</td>" for cell in line) for line in lines]
         kind = ' class="fixed"' if number == 0 else ""
         parts.append(f"<h2>{escape(title)}</h2><table{kind}>" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "</table>")
-    parts.append('<h2>Plots</h2><div class="plots">' + "\n".join(plots) + "</div></html>")
-    return "\n".join(parts) + "\n"
+    if len(tables) == 2:
+        parts.append(_plots_section(plots))
+    return "\n".join([*parts, "</html>"]) + "\n"
+
+
+def _plots_section(plots: Sequence[str]) -> str:
+    return '<h2>Plots</h2><div class="plots">' + "\n".join(plots) + "</div>"
