@@ -15,18 +15,16 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanovllm.bench import compare, workloads
-from nanovllm.bench.check import check_record, rows_of
-from nanovllm.bench.exports import leaderboard_entry, leaderboard_manifest, vllm_result
-from nanovllm.bench.load import FORMS, Target
+from nanovllm.bench import workloads
 from nanovllm.bench.record import RECORDS, read_record
-from nanovllm.bench.report import write_report
-from nanovllm.bench.results import Slo
-from nanovllm.bench.serve import Plan, Run, run_serve_bench, write_serve_record
 from nanovllm.config import EngineConfig
 from nanovllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nanovllm.bench.compare import Verdict
+    from nanovllm.bench.serve import Plan, Run
 
 
 def add_bench_commands(bench: argparse.ArgumentParser, add_engine_options: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -91,7 +89,9 @@ def _add_server_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--precision", required=True, help="what the server computes in; no server tells")
     verb.add_argument("--max-model-len", type=int, help="the server's longest context, where /v1/models does not tell it")
     verb.add_argument(
-        "--form", choices=FORMS, default="ids", help="prompts as token ids, words t1 t2 ..., or a chat message of words"
+        "--form",
+        default="ids",
+        help="prompts as token ids (ids), as words t1 t2 ... (words), or as a chat message of words (chat)",
     )
     verb.add_argument("--max-concurrency", type=int, help="requests in flight (default: no limit)")
     verb.add_argument("--timeout", type=float, default=600.0, help="seconds of one request (default: 600)")
@@ -115,6 +115,9 @@ def _add_compare_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
+    from nanovllm.bench.results import Slo
+    from nanovllm.bench.serve import Plan
+
     return Plan(
         workload=_workload(arguments),
         repeats=arguments.repeats,
@@ -131,6 +134,10 @@ def _workload(arguments: argparse.Namespace) -> workloads.Workload:
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
+    from nanovllm.bench import compare
+    from nanovllm.bench.load import Target
+    from nanovllm.bench.serve import run_serve_bench, write_serve_record
+
     plan = _plan(arguments)
     if not isinstance(arguments.extra_body, dict):
         raise ConfigError("--extra-body must be a JSON object")
@@ -191,6 +198,8 @@ def run_kernels(arguments: argparse.Namespace) -> int:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
+    from nanovllm.bench.check import check_record
+
     is_good = True
     for path in arguments.files:
         problems = check_record(path)
@@ -202,33 +211,46 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 def run_compare(arguments: argparse.Namespace) -> int:
+    from nanovllm.bench import compare
+
     records = [_checked(path) for path in (arguments.a, arguments.b)]
     margins: dict[str, float] = {}
     if arguments.noise:
-        margins = compare.noise_margin(*map(_checked, arguments.noise))
+        same = [_checked(path) for path in arguments.noise]
+        if differing := compare.differing_boundaries(records[0], same[0], arguments.vary):
+            raise ConfigError("--noise is of another boundary than A: " + "; ".join(differing))
+        margins = compare.noise_margin(*same)
     verdicts = compare.compare_records(*records, varied=arguments.vary, margin=arguments.margin, margins=margins)
     _print_verdicts(verdicts)
     return 0
 
 
-def _print_verdicts(verdicts: Sequence[compare.Verdict]) -> None:
+def _print_verdicts(verdicts: Sequence[Verdict]) -> None:
     print(f"{'figure':<16}{'A':>12}{'B':>12}  rank test on the repeats; what B is against A")
     print(*verdicts, sep="\n")
 
 
 def _checked(path: Path) -> dict[str, Any]:
+    from nanovllm.bench.check import check_record
+
     if problems := check_record(path):
         raise ConfigError(f"{path} is not a good record: " + "; ".join(problems))
     return read_record(path)
 
 
 def run_report(arguments: argparse.Namespace) -> int:
+    from nanovllm.bench.check import rows_of
+    from nanovllm.bench.report import write_report
+
     records = [(path.stem, record, rows_of(path, record)) for path in arguments.files for record in [_checked(path)]]
     print(*write_report(records, arguments.out), sep="\n")
     return 0
 
 
 def run_export(arguments: argparse.Namespace) -> int:
+    from nanovllm.bench.check import rows_of
+    from nanovllm.bench.exports import leaderboard_entry, leaderboard_manifest, vllm_result
+
     record = _checked(arguments.file)
     rows = rows_of(arguments.file, record)
     if arguments.format == "vllm":

@@ -6,6 +6,7 @@ Writes what a record holds; how a request is sent is `load.py`'s.
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -165,6 +166,14 @@ def write_serve_record(side: Side, run: Run, note: str, folder: Path) -> Path:
     )
 
 
+def allow_connections(count: int) -> None:
+    """Each request in flight is an open file; the usual limit of 1,024 is raised as far as the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
 def run_serve_bench(
     plan: Plan, sides: Sequence[tuple[str, Target]], precision: str, max_model_len: int | None
 ) -> tuple[list[Side], list[Run]]:
@@ -172,4 +181,5 @@ def run_serve_bench(
         opened = [await open_side(name, target, precision, max_model_len) for name, target in sides]
         return opened, await measure(plan, opened)
 
+    allow_connections(len(plan.workload.requests))
     return asyncio.run(run())

@@ -296,6 +296,9 @@ def test_the_noise_of_two_equal_runs_widens_the_margin(tmp_path, capsys):
     assert verdict_of("ttft_ms.p50", capsys.readouterr().out) == "slower"
     assert main(["bench", "compare", str(a), str(b), "--noise", str(a), str(again)]) == 0
     assert verdict_of("ttft_ms.p50", capsys.readouterr().out) == "equal"
+    other = make_record(tmp_path, precision="float16")
+    assert main(["bench", "compare", str(a), str(b), "--noise", str(other), str(other)]) == 1
+    assert "another boundary" in capsys.readouterr().err
     assert noise_margin(read_record(a), read_record(again))["ttft_ms.p50"] == pytest.approx(0.05, rel=0.1)
 
 
