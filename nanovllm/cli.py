@@ -1,10 +1,11 @@
-"""The command line: `nanovllm generate | chat | serve | bench | env`. Options are generated from the fields of dataclasses.
+"""The command line: `nanovllm generate | chat | serve | bench | simulate | env`. Options come from dataclasses.
 
     nanovllm generate "The capital of France is" --max-tokens 20
     nanovllm chat --model Qwen/Qwen3-0.6B
     nanovllm serve --port 8000
     nanovllm chat --url http://127.0.0.1:8000
     nanovllm bench serve --url http://127.0.0.1:8000 --precision bfloat16 --workload poisson
+    nanovllm simulate --gpu h200 --model qwen3-8b --slo ttft=200ms,tpot=20ms
     nanovllm env
 
 The help text of an option is the comment on its field: one place says what an option means.
@@ -33,9 +34,13 @@ from nanovllm.errors import ConfigError, InvalidPrompt, NanoVllmError
 from nanovllm.log import configure_logging
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.options import ServerOptions
+from nanovllm.simulation.command import SimulateOptions, run_simulation
 
 CLI_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty", "ignore_eos", "n")
-LIBRARIES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub", "xxhash", "transformers", "modelscope")
+LIBRARIES = (
+    *("torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub", "xxhash", "transformers", "modelscope"),
+    *("starlette", "uvicorn", "msgspec", "pyzmq", "llguidance"),
+)
 
 Stream = Callable[
     [list[dict[str, Any]]], Generator[tuple[str, int], None, None]
@@ -74,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_fields(serve.add_argument_group("engine"), EngineConfig)
     bench = commands.add_parser("bench", help="workloads, records, comparisons", description="Reproducible benchmarks.")
     add_bench_commands(bench, lambda parser: _add_fields(parser.add_argument_group("engine"), EngineConfig))
+    simulate = _add_command(commands, "simulate", run_simulate, "predict latencies and throughput without a GPU")
+    _add_fields(simulate.add_argument_group("simulation"), SimulateOptions)
     _add_command(commands, "env", run_env, "print versions, devices and what would be used")
     return parser
 
@@ -240,6 +247,10 @@ def run_serve(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ConfigError(f"the server needs {error.name!r}: pip install 'nanovllm[serve]'") from error
     return serve(ServerOptions(**_chosen(arguments, ServerOptions)), _chosen(arguments, EngineConfig))
+
+
+def run_simulate(arguments: argparse.Namespace) -> int:
+    return run_simulation(SimulateOptions(**_chosen(arguments, SimulateOptions)))
 
 
 def run_env(arguments: argparse.Namespace) -> int:

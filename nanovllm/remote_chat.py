@@ -98,7 +98,8 @@ class RemoteChat:
             connection.close()
             raise
         connection.close()
-        raise RemoteError(f"the server answered {response.status}: {_reason(answer) or response.reason}")
+        hint = "; give one with --api-key or NANOVLLM_API_KEY" if response.status == 401 else ""
+        raise RemoteError(f"the server answered {response.status}: {_reason(answer) or response.reason}{hint}")
 
 
 def _reason(answer: bytes) -> str | None:

@@ -32,7 +32,7 @@ PROMPTS = (
     "1, 2, 3, 4, 5,",
     "Once upon a time, in a village by the sea,",
 )
-NUM_TOKENS = 12
+NUM_TOKENS = 8
 
 
 def greedy_tokens() -> dict[str, list[int]]:

@@ -65,6 +65,10 @@ class Keyring:
         if options.api_key_file is not None:
             keys += _from_file(Path(options.api_key_file))
         ring = cls(keys)
+        if environment.get("NANOVLLM_API_KEY") and not ring.has_user_keys:
+            logger.warning(
+                "NANOVLLM_API_KEY is the key of a client; a server's keys are in NANOVLLM_API_KEYS, and this one has none"
+            )
         if not options.is_loopback and not ring.has_user_keys and not options.insecure:
             raise ConfigError(
                 f"host={options.host!r} is reachable from other machines, and there are no API keys: set NANOVLLM_API_KEYS "
@@ -105,6 +109,8 @@ def _from_file(path: Path) -> list[Key]:
         entries = entries.get("keys")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f"api_key_file {str(path)!r} must hold a list of keys")
+    if not entries:
+        raise ConfigError(f"api_key_file {str(path)!r} holds no keys: the server would be open to whoever reaches it")
     if stat.S_IMODE(path.stat().st_mode) & 0o077 and any("key" in entry for entry in entries):
         logger.warning("api_key_file %s holds plain keys and can be read by others; chmod 600, or give sha256 instead", path)
     return [_key_of(entry, f"api_key_file, entry {index}") for index, entry in enumerate(entries)]
@@ -130,6 +136,8 @@ def _key_of(entry: dict[str, Any], where: str) -> Key:
             raise ConfigError(f"{where}: {name}={value!r} must be a whole number of at least {low}")
     try:
         digest = _digest(str(entry["key"]), where) if "key" in entry else bytes.fromhex(entry["sha256"])
+    except ConfigError:  # says where
+        raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from error
     if len(digest) != 32:

@@ -123,7 +123,7 @@ COMPLETIONS = [
     *_MODEL,
     *_honoured(
         prompt="a string, token ids, or a list of either; one answer per prompt and `n`",
-        max_tokens="default 16; 0 only with `echo`",
+        max_tokens="default 16; 0 only with `echo`; more than fits is allowed, and ends with the context",
         echo="the prompt comes first; with `logprobs` its log-probabilities too",
         logprobs="candidates per token",
         best_of="only when it equals `n`: there is no ranking of more completions than are returned",
@@ -139,7 +139,7 @@ CHAT = [
     *_MODEL,
     *_honoured(
         messages="text only: a string or parts of type `text`; role `developer` is shown to the template as `system`",
-        max_completion_tokens="default: until the context is full",
+        max_completion_tokens="default: until the context is full; more than fits is allowed, and ends there",
         max_tokens="older name of `max_completion_tokens`",
         logprobs="true: log-probabilities of the answer's tokens",
         top_logprobs="candidates per token; needs `logprobs`",

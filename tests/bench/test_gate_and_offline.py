@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from live_server import write_tiny_model
 from support import greedy, make_engine
 
 from nanovllm.bench.check import check_record
@@ -79,14 +80,15 @@ def test_the_offline_command_writes_a_complete_record(tmp_path, capsys):
         "--repeats",
         "2",
     ]
-    engine = ["--max-model-len", "128", "--kv-cache-memory-bytes", str(2**25), "--num-threads", "1"]
+    model = write_tiny_model(tmp_path / "tiny")
+    engine = ["--model", str(model), "--max-model-len", "128", "--kv-cache-memory-bytes", str(2**25), "--num-threads", "1"]
     assert main(["bench", "offline", *options, *engine, "--record", "small", "--folder", str(tmp_path)]) == 0
     path = Path(capsys.readouterr().out.splitlines()[-1])
     assert check_record(path) == []
     record = read_record(path)
     assert (record["kind"], record["max_model_len"], record["settings"]["engine"]["num_threads"]) == ("offline", 128, 1)
     assert main(["bench", "export", str(path), "--format", "leaderboard"]) == 0  # an engine knows its memory
-    assert json.loads(capsys.readouterr().out)["metrics"]["peak_mem_mb"] > 10
+    assert json.loads(capsys.readouterr().out)["metrics"]["peak_mem_mb"] > 1
 
 
 def test_kernels_say_that_they_need_a_gpu(capsys):

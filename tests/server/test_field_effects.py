@@ -344,7 +344,8 @@ def test_the_request_of_vllms_benchmark_works_unchanged(tiny):
     for extra in ({}, {"best_of": 1}):
         events = tiny.post(COMPLETIONS, {**body, **extra}).events
         chunks = events[:-2]
-        assert len(chunks) == 5 and all(chunk["choices"][0]["text"] is not None for chunk in chunks)
+        assert 1 <= len(chunks) <= 5, "a busy front end puts tokens that came meanwhile into one chunk"
+        assert all(chunk["choices"][0]["text"] is not None for chunk in chunks)
         assert events[-2]["usage"]["completion_tokens"] == 5 and events[-1] == "[DONE]"
 
 

@@ -113,7 +113,9 @@ def test_a_reader_that_stalls_is_bounded_does_not_slow_others_and_is_cut_off():
 
 def _waiting_bytes():
     connections = [
-        thing for thing in gc.get_objects() if issubclass(type(thing), BoundedHttp) and not thing.transport.is_closing()
+        thing
+        for thing in gc.get_objects()
+        if issubclass(type(thing), BoundedHttp) and thing.transport is not None and not thing.transport.is_closing()
     ]
     return [connection.transport.get_write_buffer_size() for connection in connections]
 

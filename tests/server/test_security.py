@@ -237,6 +237,22 @@ def test_beyond_loopback_it_refuses_to_start_without_keys(host):
     assert not Keyring.load(ServerOptions(host=host, insecure=True), {}).keys
 
 
+def test_a_key_file_without_keys_is_refused(tmp_path):
+    path = tmp_path / "keys.json"
+    for text in ('{"keys": []}', "[]"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="holds no keys"):
+            Keyring.load(ServerOptions(api_key_file=str(path)), {})
+
+
+def test_the_variable_of_clients_is_not_mistaken_for_that_of_servers(caplog):
+    Keyring.load(ServerOptions(), {"NANOVLLM_API_KEY": USER})
+    assert "NANOVLLM_API_KEYS" in caplog.text
+    caplog.clear()
+    Keyring.load(ServerOptions(), {"NANOVLLM_API_KEY": USER, "NANOVLLM_API_KEYS": USER})
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_on_loopback_no_keys_are_needed(host):
     assert not Keyring.load(ServerOptions(host=host), {}).keys

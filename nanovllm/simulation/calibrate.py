@@ -1,0 +1,113 @@
+"""Calibration: the shares and latencies of a card, computed from benchmark records. Medians and ratios, no optimiser.
+
+    records of kernels   bandwidth, matrix rates, latency of each kind of kernel, sampler
+    record of steps      the gap between two kernels of a graph
+    offline records      host time of a step (their `steps`), by batch size, of two models
+    serving record       one number, the front end's latency, so that TTFT p50 of one load is right (not done here)
+
+Every kernel number comes from kernels alone: throughputs and latencies of whole runs are predictions, and are not
+fitted. Read next: `validate.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+from nanovllm.simulation.cost import CostModel
+from nanovllm.simulation.hardware import Calibration, Hardware
+from nanovllm.simulation.shapes import SHAPES
+
+HEAD_DIM, NUM_HEADS, VOCABULARY = 128, 16, 151_936  # of the kernels record
+HOST_TOKEN_S = 0.012 / 131_072  # benchmarks/LOG.md, 2026-11-25: checking 131,072 token ids took 12 ms
+
+
+def calibrate(
+    hardware: Hardware, kernels: dict[str, Any], steps: dict[str, Any], offline: Iterable[dict[str, Any]]
+) -> Calibration:
+    """The calibration of `hardware` without its front end, which is kept."""
+    memory = kernels["ceilings"]["read_bytes_per_s"]
+    matrix_rate = kernels["ceilings"]["bf16_flop_per_s"]
+    attention_rate, tile_keys = _prompt_attention(kernels)
+    host_step_s, host_sequence_s = _host(offline)
+    calibration = replace(
+        hardware.calibration,
+        memory=memory / hardware.bandwidth,
+        product=matrix_rate / hardware.flops,
+        attention=attention_rate / hardware.flops,
+        tile_keys=tile_keys,
+        elementwise=_elementwise_share(kernels, memory),
+        elementwise_s=1e-6 * median(_times(kernels, _is_elementwise, "1 tokens")),
+        product_s=_latency(kernels, _is_library_product, memory, matrix_rate),
+        one_token_product_s=_latency(kernels, lambda name: name.startswith("one token"), memory, matrix_rate),
+        attention_s=_latency(kernels, lambda name: name == "decode attention", memory, matrix_rate),
+        logit_s=_sampler(kernels, "sample, temperature"),
+        greedy_logit_s=_sampler(kernels, "sample, greedy"),
+        host_step_s=host_step_s,
+        host_sequence_s=host_sequence_s,
+        host_token_s=HOST_TOKEN_S,
+    )
+    return replace(calibration, gap_s=_gap(replace(hardware, calibration=calibration), steps))
+
+
+def _times(kernels: dict[str, Any], is_wanted: Callable[[str], bool], shape: str) -> list[float]:
+    return [row["us"] for row in kernels["kernels"] if is_wanted(row["kernel"]) and row["shape"] == shape]
+
+
+def _is_elementwise(name: str) -> bool:
+    return name in ("add + RMSNorm", "SiLU x up", "QK-norm, rotary, KV write")
+
+
+def _is_library_product(name: str) -> bool:
+    return name.startswith("library") and name != "library: head"
+
+
+def _elementwise_share(kernels: dict[str, Any], bandwidth: float) -> float:
+    rows = [row for row in kernels["kernels"] if _is_elementwise(row["kernel"]) and row["shape"] == "8192 tokens"]
+    return sum(row["megabytes"] for row in rows) * 1e6 / (sum(row["us"] for row in rows) * 1e-6) / bandwidth
+
+
+def _latency(kernels: dict[str, Any], is_wanted: Callable[[str], bool], bandwidth: float, matrix_rate: float) -> float:
+    """What is left of a kernel's time after its bytes or operations; the median over shapes. Seconds."""
+    rows = [row for row in kernels["kernels"] if is_wanted(row["kernel"])]
+    floors = [max(row["megabytes"] * 1e6 / bandwidth, row["gigaflops"] * 1e9 / matrix_rate) for row in rows]
+    return median(row["us"] * 1e-6 - floor for row, floor in zip(rows, floors))
+
+
+def _prompt_attention(kernels: dict[str, Any]) -> tuple[float, int]:
+    """Rate, and keys computed in vain per query: two unknowns, two shapes with equally many queries."""
+    (short,) = _times(kernels, lambda name: name == "prompt attention", "4 x 2,048")
+    (long,) = _times(kernels, lambda name: name == "prompt attention", "1 x 8,192")
+    num_queries = 8192
+    per_pair = 4.0 * NUM_HEADS * HEAD_DIM
+    short_pairs, long_pairs = num_queries * 2048 / 2, num_queries * 8192 / 2
+    rate = per_pair * (long_pairs - short_pairs) / ((long - short) * 1e-6)
+    wasted_pairs = long * 1e-6 * rate / per_pair - long_pairs
+    return rate, round(wasted_pairs / num_queries)
+
+
+def _sampler(kernels: dict[str, Any], name: str) -> float:
+    small, large = (_times(kernels, lambda one: one == name, f"{rows} rows")[0] for rows in (64, 256))
+    return (large - small) * 1e-6 / (192 * VOCABULARY)
+
+
+def _host(offline: Iterable[dict[str, Any]]) -> tuple[float, float]:
+    """Seconds of any step, and more for each sequence: a line through batches of 1 and 256, the mean of the models."""
+    pairs = [(record["steps"]["1"]["host_us_per_step"], record["steps"]["256"]["host_us_per_step"]) for record in offline]
+    slopes = [(large - small) / 255 for small, large in pairs]
+    offsets = [small - slope for (small, _), slope in zip(pairs, slopes)]
+    return 1e-6 * sum(offsets) / len(offsets), 1e-6 * sum(slopes) / len(slopes)
+
+
+def _gap(hardware: Hardware, steps: dict[str, Any]) -> float:
+    """What a replayed step takes beyond its kernels, per kernel; the median over batches of two and more. Seconds."""
+    without = replace(hardware, calibration=replace(hardware.calibration, gap_s=0.0))
+    cost = CostModel(SHAPES[steps["model"]], without, is_greedy=False)
+    left = []
+    for row in steps["steps"]:
+        if row["batch"] > 1:
+            predicted = cost.decode(row["batch"], row["batch"] * (row["context"] + 1)).device_s
+            left.append((row["us"] * 1e-6 - predicted) / cost.num_kernels(row["batch"]))
+    return median(left)

@@ -1,0 +1,124 @@
+"""Hardware profiles: what a card can do, and which share of it the engine reaches.
+
+A profile is two groups of numbers. The *data sheet* (memory, bandwidth, matrix rate) is what the vendor prints. The
+*calibration* is what this engine reached on one NVIDIA H200; `calibrate.py` computes it from the records in
+`benchmarks/records`, and a test holds the two together. Only "h200" was measured. The other cards borrow its shares and
+latencies, so their predictions are extrapolations, and every report says so. "cpu" is a rough guess for two cores.
+
+Data only. Read next: `cost.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanovllm.errors import ConfigError, did_you_mean
+
+GB = 1 << 30  # what data sheets call a GB of a card is one of these, nearly
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What one engine reaches of a data sheet. Shares are of the data sheet; times are seconds."""
+
+    memory: float  # share of the bandwidth that a kernel which streams reaches
+    product: float  # share of the matrix rate in large products
+    attention: float  # share of the matrix rate in attention of prompts
+    elementwise: float  # share of the *reached* bandwidth in norms, rotary and SiLU
+    product_s: float  # what a product takes beyond its bytes or operations
+    one_token_product_s: float  # the same of the kernels for a single token
+    attention_s: float  # what attention takes beyond its bytes or operations
+    elementwise_s: float  # what a norm, rotary or SiLU takes beyond its bytes
+    gap_s: float  # between two kernels of a graph
+    tile_keys: int  # keys that attention of prompts computes in vain for each query, because it works on tiles
+    logit_s: float  # sampler, temperature: per logit
+    greedy_logit_s: float  # sampler, argmax: per logit
+    host_step_s: float  # host: schedule, prepare, launch and apply, of any step
+    host_sequence_s: float  # host: the same, for each sequence of the step
+    host_token_s: float  # host: door and seat, for each token of a new prompt
+    eager_launch_s: float  # host: one kernel without a graph; an assumption, not measured
+    frontend_s: float  # HTTP, tokenizer, sockets, client: a request's way in, and again a token's way out
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One device. `is_calibrated`: the calibration was measured on this very kind."""
+
+    name: str
+    memory_bytes: int
+    bandwidth: float  # bytes per second, data sheet
+    flops: float  # dense bf16 operations per second, data sheet
+    calibration: Calibration
+    is_calibrated: bool = False
+    has_graphs: bool = True  # steps are replayed as CUDA graphs
+    num_steps_ahead: int = 1
+    block_size: int = 64  # tokens
+    max_num_batched_tokens: int = 8192
+
+
+H200_CALIBRATION = Calibration(
+    memory=0.9154,
+    product=0.6960,
+    attention=0.5425,
+    elementwise=0.8003,
+    product_s=4.126e-6,
+    one_token_product_s=2.149e-6,
+    attention_s=7.774e-6,
+    elementwise_s=1.05e-6,
+    gap_s=0.679e-6,
+    tile_keys=447,
+    logit_s=3.120e-12,
+    greedy_logit_s=7.134e-13,
+    host_step_s=508.3e-6,
+    host_sequence_s=6.443e-6,
+    host_token_s=91.55e-9,
+    eager_launch_s=6e-6,
+    frontend_s=1.5e-3,
+)
+
+# A rough guess beside 2026-11-20-cpu-torch.json (SmolLM2-135M, two cores): one stream is right, batches come out 20 to 40 %
+# too fast, because the model knows no cost for each sequence, and prompts 30 % too slow.
+CPU_CALIBRATION = Calibration(
+    memory=1.0,
+    product=1.0,
+    attention=0.5,
+    elementwise=0.5,
+    product_s=40e-6,
+    one_token_product_s=40e-6,
+    attention_s=60e-6,
+    elementwise_s=12e-6,
+    gap_s=0.0,
+    tile_keys=64,
+    logit_s=4e-9,
+    greedy_logit_s=5e-10,
+    host_step_s=60e-6,
+    host_sequence_s=2e-6,
+    host_token_s=92e-9,
+    eager_launch_s=0.0,
+    frontend_s=1.5e-3,
+)
+
+
+def _card(name: str, gigabytes: float, bandwidth: float, flops: float, is_calibrated: bool = False) -> Hardware:
+    return Hardware(name, int(gigabytes * GB), bandwidth, flops, H200_CALIBRATION, is_calibrated)
+
+
+PROFILES: dict[str, Hardware] = {
+    profile.name: profile
+    for profile in (
+        _card("a10g", 24, 600e9, 70e12),
+        _card("l4", 24, 300e9, 121e12),
+        _card("a100", 80, 2039e9, 312e12),  # SXM, 80 GB
+        _card("h100", 80, 3350e9, 989e12),  # SXM
+        _card("h200", 141, 4800e9, 989e12, is_calibrated=True),
+        _card("rtx4090", 24, 1008e9, 165e12),
+        # Two cores of an AMD EPYC; the two rates are measured, as no data sheet speaks of two cores.
+        Hardware("cpu", 16 * GB, 35e9, 500e9, CPU_CALIBRATION, False, False, 0, 16, 2048),
+    )
+}
+
+
+def find_hardware(name: str) -> Hardware:
+    if name not in PROFILES:
+        raise ConfigError(f"gpu={name!r} is not one of {', '.join(PROFILES)}{did_you_mean(name, PROFILES)}")
+    return PROFILES[name]

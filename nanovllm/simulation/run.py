@@ -1,0 +1,247 @@
+"""One simulated run: the real engine, scheduler and block manager, driven by arrivals on a virtual clock.
+
+A request takes a constant time through the front end to the engine, and is taken in between two steps, as
+`engine_process.py` does; its tokens take as long on their way back. An offline run has no front end, and starts the
+device while requests are still added, as `LLMEngine.generate` does. Only the executor is not real.
+
+Prompts are token ids that differ in their first two tokens: different prompts share no block, and equal prefixes do.
+Read next: `report.py`.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nanovllm.config import EngineConfig, SchedulerLimits
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.policy import make_policy
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.model_spec import ModelSpec
+from nanovllm.runner.memory_plan import plan_memory
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.simulation.cost import BYTES_PER_VALUE, CostModel
+from nanovllm.simulation.executor import SimulatedExecutor, VirtualClock, Work
+from nanovllm.simulation.hardware import Hardware
+from nanovllm.simulation.workload import Arrival
+
+BASE = 40_000  # prompts count in this base; below every vocabulary of shapes.py
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """One engine on one device."""
+
+    spec: ModelSpec
+    hardware: Hardware
+    limits: SchedulerLimits
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    policy: str = "fcfs"
+    is_greedy: bool = True
+    use_graphs: bool = True
+    enable_prefix_caching: bool = True
+    num_steps_ahead: int = 1
+
+
+class Finished(NamedTuple):
+    """One request's times, seconds since the beginning, as its client sees them."""
+
+    arrival: float
+    first_token: float
+    finish: float
+    num_input: int
+    num_output: int
+    num_cached: int
+    num_preemptions: int
+
+    @property
+    def ttft(self) -> float:
+        return self.first_token - self.arrival
+
+    @property
+    def tpot(self) -> float:
+        return (self.finish - self.first_token) / max(1, self.num_output - 1)
+
+    @property
+    def latency(self) -> float:
+        return self.finish - self.arrival
+
+
+@dataclass(slots=True)
+class Run:
+    """What one engine did."""
+
+    finished: list[Finished] = field(default_factory=list)  # in the order of their ends
+    work: Work = field(default_factory=Work)
+
+
+def deploy(
+    spec: ModelSpec, hardware: Hardware, config: EngineConfig, *, is_greedy: bool = True, max_num_seqs: int | None = None
+) -> Deployment:
+    """Size the cache as the engine would. Raises `NotEnoughMemory`, which names the option that would help."""
+    resolved = config.with_changes(
+        block_size=config.block_size or hardware.block_size,
+        max_num_batched_tokens=config.max_num_batched_tokens or hardware.max_num_batched_tokens,
+        gpu_memory_utilization=config.gpu_memory_utilization or 0.9,
+        max_num_seqs=max_num_seqs or config.max_num_seqs,
+    )
+    total = hardware.memory_bytes
+    plan = plan_memory(spec, resolved, bytes_per_value=BYTES_PER_VALUE, total=total, free=total, max_default_kv=None)
+    ahead = hardware.num_steps_ahead if config.num_steps_ahead is None else config.num_steps_ahead
+    return Deployment(
+        spec=spec,
+        hardware=hardware,
+        limits=resolved.scheduler_limits,
+        num_blocks=plan.num_blocks,
+        block_size=plan.block_size,
+        max_model_len=plan.max_model_len,
+        policy=config.scheduling_policy,
+        is_greedy=is_greedy,
+        use_graphs=not config.enforce_eager,
+        enable_prefix_caching=config.enable_prefix_caching,
+        num_steps_ahead=ahead,
+    )
+
+
+def simulate(
+    deployment: Deployment,
+    arrivals: Sequence[Arrival],
+    *,
+    is_offline: bool = False,
+    on_finish: Callable[[], object] = lambda: None,
+    on_step: Callable[[LLMEngine], None] | None = None,
+) -> Run:
+    """Run `arrivals` (in order of time) to their end. `on_step` sees the engine after every step: for tests."""
+    with _without_garbage_collection():
+        return _Simulation(deployment, arrivals, is_offline, on_finish).run(on_step)
+
+
+class _Simulation:
+    def __init__(
+        self, deployment: Deployment, arrivals: Sequence[Arrival], is_offline: bool, on_finish: Callable[[], object]
+    ) -> None:
+        self.clock = VirtualClock()
+        limits, spec = deployment.limits, deployment.spec
+        blocks = BlockManager(deployment.num_blocks, deployment.block_size, deployment.enable_prefix_caching, clock=self.clock)
+        scheduler = Scheduler(blocks, limits, make_policy(deployment.policy), clock=self.clock)
+        cost = CostModel(
+            spec,
+            deployment.hardware,
+            limits.max_num_seqs,
+            limits.max_num_batched_tokens,
+            deployment.is_greedy,
+            deployment.use_graphs,
+        )
+        self.executor = SimulatedExecutor(cost, self.clock)
+        self.engine = LLMEngine(
+            scheduler,
+            self.executor,
+            vocab_size=spec.vocab_size,
+            max_model_len=deployment.max_model_len,
+            num_steps_ahead=deployment.num_steps_ahead,
+            clock=self.clock,
+        )
+        self.arrivals = arrivals
+        self.is_offline = is_offline
+        self.calibration = deployment.hardware.calibration
+        self.run_so_far = Run(work=self.executor.work)
+        self.num_added = 0
+        self._frontend_s = 0.0 if is_offline else self.calibration.frontend_s
+        self._next_time = self._time_at_engine()
+        self._open: dict[str, Arrival] = {}  # by request id
+        self._on_finish = on_finish
+        self._params: dict[int, SamplingParams] = {}
+
+    def run(self, on_step: Callable[[LLMEngine], None] | None) -> Run:
+        engine, clock = self.engine, self.clock
+        if self.is_offline:
+            self._start_early()
+        while self.num_added < len(self.arrivals) or engine.has_work:
+            if not engine.has_work:
+                clock.now = max(clock.now, self._next_time)
+            while self._next_time <= clock.now:
+                self._add_next()
+            self._close([output for output in engine.step() if output.finished])
+            if on_step is not None:
+                on_step(engine)
+        return self.run_so_far
+
+    def _start_early(self) -> None:
+        """`generate` dispatches one step when enough prompts for it are there, then adds the others."""
+        num_tokens = 0
+        while self.num_added < len(self.arrivals) and num_tokens < self.engine.scheduler.limits.max_num_batched_tokens:
+            num_tokens += self.arrivals[self.num_added].num_input
+            self._add_next()
+        if self.num_added < len(self.arrivals):
+            self.engine.step(may_collect=False)
+        while self.num_added < len(self.arrivals):
+            self._add_next()
+
+    def _time_at_engine(self) -> float:
+        """When the next request reaches the engine; infinity after the last."""
+        return self.arrivals[self.num_added].time + self._frontend_s if self.num_added < len(self.arrivals) else math.inf
+
+    def _add_next(self) -> None:
+        arrival = self.arrivals[self.num_added]
+        self.clock.now += arrival.num_input * self.calibration.host_token_s
+        request_id = self.engine.add_request(
+            self._prompt_of(arrival), self._params_of(arrival.num_output), request_id=str(self.num_added)
+        )
+        self._open[request_id] = arrival
+        self.num_added += 1
+        self._next_time = self._time_at_engine()
+
+    def _prompt_of(self, arrival: Arrival) -> list[int]:
+        if arrival.token_ids is not None:
+            return arrival.token_ids
+        prefix: list[int] = []
+        if arrival.prefix >= 0:
+            prefix = _tokens(arrival.prefix, arrival.num_prefix, 3)
+        return prefix + _tokens(self.num_added, arrival.num_input - len(prefix), 5)
+
+    def _params_of(self, num_output: int) -> SamplingParams:
+        if num_output not in self._params:
+            self._params[num_output] = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True)
+        return self._params[num_output]
+
+    def _close(self, outputs: list) -> None:
+        way_out = self._frontend_s
+        for output in outputs:
+            arrival = self._open.pop(output.request_id)
+            times = output.metrics
+            self.run_so_far.finished.append(
+                Finished(
+                    arrival.time,
+                    times.first_token_time + way_out,
+                    times.finish_time + way_out,
+                    times.num_prompt_tokens,
+                    times.num_generated_tokens,
+                    times.num_cached_tokens,
+                    times.num_preemptions,
+                )
+            )
+            self._on_finish()
+
+
+def _tokens(number: int, length: int, filler: int) -> list[int]:
+    """A run of tokens whose first two (one, if it is that short) say which it is."""
+    return [number % BASE, number // BASE, *[filler] * (length - 2)][:length]
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Nothing here makes cycles, and looking for them in a million live objects takes longer than the run."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

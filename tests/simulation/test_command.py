@@ -1,0 +1,150 @@
+"""`nanovllm simulate` as a user meets it: reports, searches, workloads, refusals, and no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+
+from nanovllm.cli import main
+from nanovllm.errors import ConfigError
+from nanovllm.simulation.command import SimulateOptions, simulate_options
+from nanovllm.simulation.report import Objectives, percentile
+from nanovllm.simulation.workload import nano_vllm_benchmark, parse_workload
+
+SMALL = "poisson:rate=50,requests=30,input=64,output=8"
+
+
+def test_a_report_is_printed_for_people(capsys):
+    assert main(["simulate", "--gpu", "h200", "--model", "qwen3-8b", "--workload", SMALL, "--slo", "ttft=200ms,tpot=20ms"]) == 0
+    out = capsys.readouterr().out
+    assert "qwen3-8b on 1 x h200 (calibrated)" in out
+    assert "goodput" in out and "TTFT" in out and "100.00% of all" in out
+
+
+def test_a_card_that_was_not_measured_says_so(capsys):
+    assert main(["simulate", "--gpu", "l4", "--workload", SMALL]) == 0
+    assert "NOT calibrated" in capsys.readouterr().out
+
+
+def test_equal_seeds_give_equal_bytes_without_loading_torch():
+    program = (
+        "import sys; from nanovllm.cli import main; status = main(sys.argv[1:]); "
+        "sys.exit(status or ','.join(name for name in ('torch', 'numpy') if name in sys.modules) or 0)"
+    )
+    command = [sys.executable, "-c", program, "simulate", "--json", "--workload", SMALL, "--workload-seed", "4"]
+    first, second = (subprocess.run(command, capture_output=True) for _ in range(2))
+    assert first.returncode == 0, first.stderr.decode()
+    assert first.stdout == second.stdout
+    report = json.loads(first.stdout)
+    assert report["result"]["requests"] == 30 and report["result"]["output_tokens"] == 240
+
+
+def test_the_smallest_number_of_replicas_is_found_and_one_less_is_not_enough():
+    load = "poisson:rate=300,requests=200,input=256,output=16"
+    options = {"gpu": "l4", "model": "qwen3-0.6b", "workload": load, "slo": "ttft=150ms,tpot=20ms"}
+    report = simulate_options(SimulateOptions(**options, search="replicas", share=0.95))
+    needed = report["replicas_needed"]
+    assert needed > 1
+    assert report["result"]["goodput_share"] >= 0.95
+    fewer = simulate_options(SimulateOptions(**options, replicas=needed - 1))
+    assert fewer["result"]["goodput_share"] < 0.95
+
+
+def test_objectives_that_no_number_of_replicas_meets_are_said_to_be_so(capsys):
+    options = ["--workload", "poisson:rate=50,requests=6,input=64,output=2", "--slo", "ttft=1us", "--search", "replicas"]
+    assert main(["simulate", *options]) == 0
+    assert "no number of replicas (up to 6) meets ttft=1us" in capsys.readouterr().out
+
+
+def test_the_best_limits_are_not_worse_than_any_that_were_tried():
+    options = SimulateOptions(workload="burst:requests=12,input=600,output=8", slo="ttft=30ms", search="limits", max_num_seqs=64)
+    report = simulate_options(options)
+    pairs = {(row["max_num_seqs"], row["max_num_batched_tokens"]) for row in report["tried"]}
+    assert len(pairs) == len(report["tried"]) == 12
+    assert (report["limits"]["max_num_seqs"], report["limits"]["max_num_batched_tokens"]) in pairs
+    assert report["result"]["goodput_share"] == max(row["goodput_share"] for row in report["tried"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("gpu", "h201", "gpu='h201'.*h200"),
+        ("model", "nothing", "model='nothing'"),
+        ("workload", "poison:rate=1", "workload='poison:rate=1'.*poisson"),
+        ("workload", "poisson:rat=1", "workload=.*'rat=1' is not understood.*rate"),
+        ("workload", "poisson:rate=0", "rate='0' must be a number above 0"),
+        ("workload", "burst:requests=0", "requests='0' must be a whole number"),
+        ("workload", "burst:input=9-3", "input='9-3' must be"),
+        ("workload", "trace:path=/nowhere", "path='/nowhere' cannot be read"),
+        ("slo", "ttft=200", "slo='ttft=200'.*unit"),
+        ("slo", "ttf=2s", "slo='ttf=2s'.*ttft"),
+        ("replicas", 0, "replicas=0"),
+        ("share", 1.5, "share=1.5"),
+        ("temperature", -1.0, "temperature=-1.0"),
+        ("search", "replicas", "search='replicas' needs objectives"),
+        ("search", "all", "search='all' is not one of"),
+        ("max_num_seqs", 0, "max_num_seqs=0"),
+        ("scheduling_policy", "fifo", "scheduling_policy='fifo'"),
+    ],
+)
+def test_errors_name_the_option(option, value, message):
+    with pytest.raises(ConfigError, match=message):
+        simulate_options(SimulateOptions(**{"workload": SMALL, option: value}))
+
+
+def test_a_model_that_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="does not fit"):
+        simulate_options(SimulateOptions(gpu="a10g", model="qwen3-32b", workload=SMALL))
+
+
+def test_percentiles_interpolate_linearly():
+    assert percentile([1.0, 2.0, 3.0, 4.0], 50) == 2.5
+    assert percentile([1.0, 2.0], 99) == pytest.approx(1.99)
+    assert percentile([7.0], 99) == 7.0
+
+
+def test_objectives_have_units():
+    assert Objectives.parse("ttft=200ms,latency=1.5s,tpot=500us") == Objectives(0.2, 0.0005, 1.5)
+
+
+# --- workloads
+
+
+def test_the_benchmark_of_nano_vllm_has_its_token_counts():
+    arrivals = nano_vllm_benchmark()
+    assert len(arrivals) == 256
+    assert sum(arrival.num_output for arrival in arrivals) == 133_966
+
+
+@pytest.mark.parametrize(("kind", "options"), [("poisson", ""), ("bursty", ",burstiness=0.2")])
+def test_arrivals_come_at_the_asked_rate(kind, options):
+    times = [arrival.time for arrival in parse_workload(f"{kind}:rate=20,requests=5000{options}").arrivals]
+    assert times == sorted(times)
+    assert 5000 / times[-1] == pytest.approx(20, rel=0.1)
+
+
+def test_clumps_have_a_larger_spread_than_independent_arrivals():
+    spreads = []
+    for kind in ("poisson", "bursty"):
+        times = [arrival.time for arrival in parse_workload(f"{kind}:rate=20,requests=3000").arrivals]
+        gaps = [after - before for before, after in pairwise(times)]
+        mean = sum(gaps) / len(gaps)
+        spreads.append(sum((gap - mean) ** 2 for gap in gaps) / len(gaps) / mean**2)
+    assert spreads[0] == pytest.approx(1.0, rel=0.2)
+    assert spreads[1] > 2
+
+
+def test_a_trace_is_read_in_the_order_of_time_and_bad_lines_are_named(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"arrival": 2, "input": 5, "output": 6}\n\n{"arrival": 1, "input": 3, "output": 4}\n')
+    assert [(a.time, a.num_input, a.num_output) for a in parse_workload(f"trace:path={path}").arrivals] == [(1, 3, 4), (2, 5, 6)]
+    path.write_text('{"arrival": 2, "input": 5, "output": 6}\n{"arrival": 1}\n')
+    with pytest.raises(ConfigError, match="line 2"):
+        parse_workload(f"trace:path={path}")
+    path.write_text("")
+    with pytest.raises(ConfigError, match="holds no requests"):
+        parse_workload(f"trace:path={path}")
