@@ -17,6 +17,7 @@ from nanovllm.errors import InvalidGrammar, InvalidSamplingParams, did_you_mean
 MAX_LOGPROBS = 64  # candidates reported per position
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_LENGTH = 1024
+MAX_STOP_CHARACTERS = 8192  # of all stop strings together: 300 bytes each while the request runs
 MAX_CHOICES = 128  # upper limit of n
 MAX_COUNT = 2**31 - 1  # of tokens: what fits an int32
 MIN_TOP_P = 1e-6  # float32 must tell it from 0
@@ -161,6 +162,9 @@ class SamplingParams:
     def _check_lists(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         _set(self, "stop", _strings("stop", stop, MAX_STOP_STRINGS, MAX_STOP_STRING_LENGTH))
+        num_characters = sum(map(len, self.stop))
+        if num_characters > MAX_STOP_CHARACTERS:
+            raise InvalidSamplingParams(f"stop has {num_characters} characters; at most {MAX_STOP_CHARACTERS} are allowed in all")
         _set(self, "bad_words", _strings("bad_words", self.bad_words, 1024, MAX_STOP_STRING_LENGTH))
         _set(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         if self.allowed_token_ids is not None:

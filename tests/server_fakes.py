@@ -14,7 +14,7 @@ from typing import Any
 from support import VOCAB_SIZE, make_engine
 
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.errors import EngineDead
+from nanovllm.errors import EngineDead, RequestError
 from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -62,6 +62,7 @@ class FakeAsyncEngine:
         self.tokenizer = FakeTokenizer()
         self.is_alive = True
         self.is_paused = False
+        self.aborted: set[str] = set()
         self.num_steps = 0
         self.trace = ""  # path that `profile` returns
         self._waiters: dict[str, asyncio.Event] = {}
@@ -96,12 +97,17 @@ class FakeAsyncEngine:
             del self._waiters[name]
             self.llm_engine.abort(name)
 
-    async def embed(self, prompt: str | list[int], pooling: str = "mean", **_: Any) -> Any:
+    async def embed(self, prompt: str | list[int], pooling: str = "mean", *, request_id: str = "", **_: Any) -> Any:
         self._check_alive()
+        while self.is_paused:
+            await asyncio.sleep(0.01)
+            if request_id in self.aborted:
+                raise RequestError("the request was aborted")
         return SimpleNamespace(embedding=[1.0, 0.0], num_prompt_tokens=len(prompt))
 
     async def abort(self, request_id: str) -> None:
         self.llm_engine.abort(request_id)
+        self.aborted.add(request_id)
         if request_id in self._waiters:
             self._waiters[request_id].set()
 

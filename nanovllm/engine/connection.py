@@ -16,7 +16,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from nanovllm.child_process import child_command
 from nanovllm.config import EngineConfig
 from nanovllm.engine.messages import Goodbye, Shutdown, decode_for_frontend, encode
 from nanovllm.errors import EngineDead
@@ -36,7 +36,6 @@ MAX_SOCKET_PATH = 100  # characters; the system's limit is 107
 MAX_MESSAGES_PER_TURN = 8  # then the consumers of what was received have their turn
 EXIT_SECONDS = 5.0  # that the engine process has to leave by itself
 LINGER_MS = 500  # that closing may take to deliver a goodbye
-BOOT = "import sys; sys.path[:] = sys.argv[2:]; from nanovllm.engine.engine_main import main; main(sys.argv[1])"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ def spawn_engine(config: EngineConfig, builder: str) -> EngineChild:
     if len(address_in(folder)) > MAX_SOCKET_PATH:
         folder.rmdir()
         folder = Path(tempfile.mkdtemp(prefix="nanovllm-", dir="/tmp"))
-    process = subprocess.Popen([sys.executable, "-c", BOOT, builder, *filter(None, sys.path)], stdin=subprocess.PIPE)
+    process = subprocess.Popen(child_command("nanovllm.engine.engine_main", builder), stdin=subprocess.PIPE)
     child = EngineChild(process, folder)
     start = {
         "address": child.address,

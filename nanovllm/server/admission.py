@@ -21,11 +21,12 @@ from itertools import count
 from typing import Any
 
 from nanovllm.server.auth import Key
-from nanovllm.server.errors import QueueFull, Unavailable
+from nanovllm.server.errors import BadField, QueueFull, Unavailable
 
 RATE_WINDOW_S = 60.0  # how far back "lately" reaches
 UNKNOWN_RETRY_S = 5  # when nothing has been served lately
 MAX_RETRY_S = 120
+MAX_GONE = 64  # tickets that have left and are still in the heap, besides half of it
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +69,7 @@ class Admission:
         self.num_running = self.num_waiting = 0
         self._share, self._clock = share, clock
         self._heap: list[Ticket] = []
+        self._num_gone = 0  # of those in the heap, at most: some are dropped when they come to its top
         self._numbers = count()
         self._num_by_class: Counter[int] = Counter()  # waiting completions by their key's priority
         self._accounts: dict[str, Account] = {}
@@ -96,6 +98,7 @@ class Admission:
             return
         if ticket.state == "waiting":
             self._count_waiting(ticket, -ticket.weight)
+            self._num_gone += 1
         else:
             self.num_running -= ticket.weight
             self._served.append((self._clock(), ticket.weight))
@@ -103,6 +106,10 @@ class Admission:
         account = self._account(ticket.key)
         account.num_open -= ticket.weight
         account.balance += ticket.reserved_tokens - used_tokens
+        if self._num_gone > MAX_GONE + len(self._heap) // 2:
+            self._heap = [other for other in self._heap if other.state == "waiting"]
+            heapq.heapify(self._heap)
+            self._num_gone = 0
         self.advance()
 
     def advance(self) -> None:
@@ -167,6 +174,10 @@ class Admission:
         account = self._account(key)
         if key.max_concurrent is not None:
             limit = max(1, math.ceil(key.max_concurrent * self._share))
+            if weight > limit:  # no 429: waiting would not help
+                raise BadField(
+                    "n", f"n={weight}: this key may have {limit} completions at once (max_concurrent)", "concurrency_limit"
+                )
             if account.num_open + weight > limit:
                 raise QueueFull(
                     f"this key may have {limit} completions at once (max_concurrent), and has {account.num_open}",

@@ -72,6 +72,8 @@ def begin(
     server: Server, request: Request, prompts: Sequence[list[int]], params: SamplingParams, body: Any, identity: Identity
 ) -> list[Outputs]:
     """One stream per prompt; nothing happens before they are read. Raises `BadField` when an answer might be too large."""
+    if params.n > server.options.max_n:
+        raise BadField("n", f"n={params.n} is more than max_n={server.options.max_n}")
     _check_candidates(server, prompts, params)
     priority, salt = getattr(body, "priority", None) or 0, getattr(body, "cache_salt", None)
     is_named = getattr(body, "request_id", None) is not None  # by the client; other names are unique by themselves

@@ -53,7 +53,7 @@ from nanovllm.server.conversation import Conversation, Item, Items, ToolChoice, 
 from nanovllm.server.errors import BadField
 from nanovllm.server.fields import refused
 from nanovllm.server.params import constraint_of, make_params, schema_text
-from nanovllm.server.prompts import check_model, convert, text_of_parts
+from nanovllm.server.prompts import check_model, convert, off_loop, text_of_parts
 from nanovllm.server.protocol import (
     ChatMessage,
     FunctionCall,
@@ -82,7 +82,7 @@ async def create_message(request: Request) -> Response:
     body = await server.read(request, MessagesRequest, REFUSED[PATH])
     check_model(server, body.model)
     check_service(None, body.service_tier, ("auto", "standard_only"))
-    turn = await _begin(server, body)
+    turn = await _begin(server, request, body)
     params = await _params(server, body, turn)
     token_ids = await server.engine.encode(turn.prompt, False)
     identity = Identity.of(server, request, "msg_")
@@ -98,11 +98,11 @@ async def count_tokens(request: Request) -> Response:
     server: Server = request.app.state.server
     body = await server.read(request, CountTokensRequest, REFUSED[COUNT_PATH])
     check_model(server, body.model)
-    turn = await _begin(server, body)
+    turn = await _begin(server, request, body)
     return json_response(TokenCount(input_tokens=len(await server.engine.encode(turn.prompt, False))))
 
 
-async def _begin(server: Server, body: CountTokensRequest) -> Conversation:
+async def _begin(server: Server, request: Request, body: CountTokensRequest) -> Conversation:
     choice = body.tool_choice
     template = TemplateFields(tools=_tools(body))
     if body.messages and body.messages[-1].role == "assistant":  # its beginning is given, the model goes on
@@ -111,7 +111,7 @@ async def _begin(server: Server, body: CountTokensRequest) -> Conversation:
         template.chat_template_kwargs = _thinking(server, body.thinking.type)
     return await begin_conversation(
         server,
-        _messages(body),
+        await off_loop(request.state.body_size, _messages, body),
         template,
         tool_choice=_tool_choice(choice),
         parallel=not (choice and choice.disable_parallel_tool_use),

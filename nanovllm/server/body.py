@@ -113,10 +113,11 @@ def _decode(body: bytes, max_depth: int) -> Any:
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        name = next(name for name in names if names.count(name) > 1)
-        raise BadField(name, f"field {name[:64]!r} is given twice", "duplicate_field")
+    names: set[str] = set()
+    for name, _ in pairs:
+        if name in names:
+            raise BadField(name, f"field {name[:64]!r} is given twice", "duplicate_field")
+        names.add(name)
 
 
 def _check_values(root: Any, max_depth: int) -> None:

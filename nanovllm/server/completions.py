@@ -6,7 +6,7 @@ One answer may hold several prompts, each with `n` choices: choice `prompt * n +
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,7 @@ class Answer:
         self._tokenizer = server.engine.tokenizer
         self._names = token_names(server, body, params)
         self._is_prompt_only = body.max_tokens == 0
+        self._offsets: dict[int, Callable[[int], int]] = {}  # by choice, because a stream goes on
         self._echoes = [self._echo(prompt, one) for prompt, one in zip(prompts, ids)]
 
     def _echo(self, prompt: str | list[int], token_ids: list[int]) -> str:
@@ -133,8 +134,9 @@ class Answer:
             token_ids=delta.token_ids if body.return_token_ids else None,
         )
         if delta.logprobs is not None:
-            offset = delta.start + len(self._echoes[number])
-            choice.logprobs = completion_logprobs(self._names, delta.token_ids, delta.logprobs, offset)
+            if choice.index not in self._offsets:
+                self._offsets[choice.index] = self._names.offsets(len(self._echoes[number]))
+            choice.logprobs = completion_logprobs(self._names, delta.token_ids, delta.logprobs, self._offsets[choice.index])
         if delta.is_first and (body.echo or body.return_token_ids or body.prompt_logprobs is not None):
             self._add_prompt(choice, number, output)
         return choice
@@ -147,7 +149,7 @@ class Answer:
         if body.prompt_logprobs is not None:
             choice.prompt_logprobs = prompt_logprobs(names, output.prompt_logprobs, body.prompt_logprobs)
         if body.echo and choice.logprobs is not None and output.prompt_logprobs is not None:
-            before = completion_logprobs(names, output.prompt_token_ids, output.prompt_logprobs, 0, body.logprobs)
+            before = completion_logprobs(names, output.prompt_token_ids, output.prompt_logprobs, names.offsets(0), body.logprobs)
             choice.logprobs = joined(before, choice.logprobs)
 
     def _usage(self, outputs: Iterable[GenerationOutput]) -> Usage:

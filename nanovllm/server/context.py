@@ -23,6 +23,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from nanovllm.errors import RequestError
 from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.admission import Admission, Ticket, queue_timed_out
@@ -79,6 +80,7 @@ class Server:
         `refused`: field -> why it is not supported; allowed only where it is null. Unknown fields are errors.
         """
         body = await read_body(request, self.options)
+        request.state.body_size = len(body)  # how long all that follows may take
         return await parse_body(body, struct_type, refused, self.options)
 
     # --- the work
@@ -116,6 +118,8 @@ class Server:
             )
             async with aclosing(stream):  # type: ignore[type-var]
                 async for output in stream:
+                    if late.error is not None:
+                        break  # what it has is what its abort left
                     late.stop()
                     record.grew(output)
                     yield output
@@ -128,7 +132,10 @@ class Server:
             raise
         finally:
             late.stop()
-            self.admission.leave(ticket, record.ended(error))
+            used = record.ended(error)
+            if not used and error is None and ticket.state == "running":
+                used = _num_tokens(prompt)  # who leaves before the first token does not get the prompt for nothing
+            self.admission.leave(ticket, used)
 
     async def embed(
         self,
@@ -143,7 +150,7 @@ class Server:
         key = self.key_of(request)
         name = f"{request.state.request_id}-{next(self._numbers)}"
         ticket = self._enter(key, priority, 1, len(prompt))
-        used = 0
+        late, used = _QueueTimer(self, ticket, name), 0
         try:
             if ticket.turn is not None:
                 await ticket.turn
@@ -156,7 +163,10 @@ class Server:
             )
             used = result.num_prompt_tokens
             return result
+        except RequestError as error:
+            raise late.error or error from None
         finally:
+            late.stop()
             self.admission.leave(ticket, used)
 
     async def run(self, request: Request, work: Awaitable[T]) -> T:
@@ -269,8 +279,7 @@ class Server:
     def _most_tokens(self, prompt: str | list[int], params: SamplingParams) -> int:
         """What a key's quota reserves until the true number is known."""
         room = self.engine.facts.max_model_len
-        num_prompt_tokens = len(prompt) // 4 if isinstance(prompt, str) else len(prompt)
-        return min(num_prompt_tokens, room) + params.n * min(params.max_tokens or room, room)
+        return min(_num_tokens(prompt), room) + params.n * min(params.max_tokens or room, room)
 
     def _engine_priority(self, key: Key, priority: int) -> int:
         """One number for the engine's own policy: the key's class first."""
@@ -305,6 +314,7 @@ class EventStream(Response):
         except Exception as error:
             if not self._has_begun:
                 raise
+            await self._events.aclose()  # type: ignore[attr-defined]  # now: the client may not take the last event for long
             last = error_event(scope["path"], error, self._request.state.request_id)
             await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
@@ -343,6 +353,11 @@ class _QueueTimer:
             server.admission.expire(self._ticket, self.error)
         else:
             self._abort = asyncio.ensure_future(server.engine.abort(self._name))  # kept: a task without owner may vanish
+
+
+def _num_tokens(prompt: str | list[int]) -> int:
+    """Of a text, about."""
+    return len(prompt) // 4 if isinstance(prompt, str) else len(prompt)
 
 
 async def _last(stream: AsyncIterator[GenerationOutput]) -> GenerationOutput:

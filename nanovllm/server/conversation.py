@@ -17,7 +17,7 @@ from nanovllm.sampling_params import StructuredOutput
 from nanovllm.server.errors import BadField
 from nanovllm.server.output_parser import make_output_parser
 from nanovllm.server.parts import Part, Reasoning, Text, ToolCallArguments, ToolCallStart
-from nanovllm.server.prompts import plain_messages, plain_tools, render
+from nanovllm.server.prompts import LONG_TEXT, SHORT_MESSAGE, off_loop, plain_messages, plain_tools, render
 from nanovllm.server.protocol import ChatMessage, NamedToolChoice, Template
 from nanovllm.server.reasoning import detect_reasoning, prompt_opens_reasoning
 from nanovllm.server.streaming import Delta
@@ -76,9 +76,10 @@ class TurnReader:
         return "tool_calls" if self.has_calls and delta.finish_reason == "stop" else delta.finish_reason
 
     def _visible(self, delta: Delta) -> str:
-        """Where special tokens stay in the text, the end token is one of them."""
+        """Where special tokens stay in the text, the end token is one of them. A grammar can end a text without one."""
         if self._turn.needs_special_tokens and delta.finish_reason == "stop" and not isinstance(delta.stop_reason, str):
-            return delta.text.removesuffix(self._tokenizer.decode(delta.token_ids[-1:], False))
+            ends = [token_id for token_id in delta.token_ids[-1:] if token_id in self._tokenizer.special_token_ids]
+            return delta.text.removesuffix(self._tokenizer.decode(ends, False))
         return delta.text
 
     def _num_reasoning_tokens(self, parts: list[Part], delta: Delta) -> int:
@@ -158,11 +159,14 @@ async def begin_conversation(
     """Check, render, and decide how the answer is to be read. `names`: this function's name -> the client's field."""
     names = names or {}
     template = server.engine.tokenizer.chat_template
-    plain, tools = plain_messages(server, messages), plain_tools(server, body.tools) or None
+    num_calls = sum(len(message.tool_calls or ()) for message in messages)
+    plain = await off_loop(num_calls * SHORT_MESSAGE, plain_messages, server, messages)
+    tools = plain_tools(server, body.tools) or None
     if tool_choice == "none":
         tools = None
     tool_format = detect_tool_format(template, server.model_name) if tools else None
-    constraint = _constraint(server, tools, tool_choice, tool_format, parallel)
+    size = 0 if tool_choice in (None, "none", "auto") else LONG_TEXT + 1
+    constraint = await off_loop(size, _constraint, server, tools, tool_choice, tool_format, parallel)
     variables = _variables(template or "", effort, documents, names)
     shown = tools
     if tools and "tools" not in (template or ""):

@@ -30,6 +30,7 @@ TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+MAX_PARAM = 200  # characters; the name of an unknown field is the client's
 MAX_MESSAGE = 2000  # characters; a message may quote what the client sent
 
 
@@ -56,7 +57,7 @@ class BadField(HttpError):
     """400: one field of the body is malformed, unknown or not supported."""
 
     def __init__(self, param: str | None, message: str, code: str | None = None) -> None:
-        super().__init__(400, message, param=param, code=code)
+        super().__init__(400, message, param=param and param[:MAX_PARAM], code=code)
 
 
 class QueueFull(HttpError):

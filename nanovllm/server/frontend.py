@@ -1,4 +1,4 @@
-"""One of several front-end processes: `python -m nanovllm.server.frontend`, started by `serve.py` alone.
+"""One of several front-end processes, started by `serve.py` alone.
 
 Reads its setup from standard input, connects to the engine, listens, says "listening" and serves until it is told to stop.
 Loads no model and no tensor library.
@@ -57,7 +57,3 @@ def _listen(setup: FrontEndSetup, options: ServerOptions) -> socket.socket:
         return socket.socket(fileno=os.dup(setup.listener_fd))
     family, _, _, _, address = socket.getaddrinfo(options.host, setup.port, type=socket.SOCK_STREAM)[0]
     return bind_tcp(family, address, is_shared=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

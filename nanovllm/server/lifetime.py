@@ -51,8 +51,7 @@ async def run_app(
     finally:
         for helper in helpers:
             helper.cancel()
-        app.server.close()
-        await asyncio.to_thread(app.server.close)
+        await asyncio.to_thread(app.server.close)  # it waits for a grammar that is being compiled
     return stopper.status
 
 

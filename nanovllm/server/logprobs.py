@@ -6,7 +6,7 @@ text; `bytes` has what it really is. Knows nothing of requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nanovllm.outputs import PositionLogprobs, TokenLogprob
 from nanovllm.server.protocol import Candidate, CompletionLogprobs, PromptLogprobs, TokenLogprobs, TopLogprob
@@ -21,7 +21,7 @@ class TokenNames:
     def __init__(self, tokenizer: Tokenizer, as_ids: bool, skip_special_tokens: bool) -> None:
         self._bytes_of = tokenizer.token_bytes
         self._as_ids = as_ids
-        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._open_stream = lambda: tokenizer.text_stream(skip_special_tokens)
 
     def name(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._as_ids else self.text(token_id)
@@ -29,9 +29,16 @@ class TokenNames:
     def text(self, token_id: int) -> str:
         return self._bytes_of(token_id).decode("utf-8", "replace")
 
-    def width(self, token_id: int) -> int:
-        """Characters that the token takes in a text."""
-        return 0 if token_id in self._skipped else len(self.text(token_id))
+    def offsets(self, start: int) -> Callable[[int], int]:
+        """A function that is given the tokens of a text one by one, and returns where each begins, in characters."""
+        stream, end = self._open_stream(), start
+
+        def offset_of(token_id: int) -> int:
+            nonlocal end
+            begin, end = end, end + len(stream.push((token_id,)))
+            return begin
+
+        return offset_of
 
     def bytes(self, token_id: int) -> list[int]:
         return list(self._bytes_of(token_id))
@@ -41,18 +48,17 @@ def completion_logprobs(
     names: TokenNames,
     token_ids: Sequence[int],
     positions: Sequence[PositionLogprobs | None],
-    offset: int = 0,
+    offset_of: Callable[[int], int],
     max_top: int | None = None,
 ) -> CompletionLogprobs:
-    """`offset`: of the first token in the choice's text, in characters. `max_top`: candidates, if fewer than there are.
+    """`offset_of`: see `TokenNames.offsets`. `max_top`: candidates, if fewer than there are.
 
     A position of None, the first of a prompt, has no log-probability.
     """
     answer = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
     for token_id, position in zip(token_ids, positions):
         answer.tokens.append(names.name(token_id))
-        answer.text_offset.append(offset)
-        offset += names.width(token_id)
+        answer.text_offset.append(offset_of(token_id))
         answer.token_logprobs.append(None if position is None else _finite(position.chosen))
         answer.top_logprobs.append(None if position is None else _top(names, position, max_top))
     return answer

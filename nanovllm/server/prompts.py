@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nanovllm.server.context import Server
 
 LONG_TEXT = 8192  # characters; longer text is rendered and tokenised in a thread: about a millisecond of work
+SHORT_MESSAGE = 64  # characters that would take as long to render as a message without any
 RESERVED_KWARGS = {
     *("messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message", "self"),
     *("chat_template", "tokenize", "bos_token", "eos_token", "unk_token", "pad_token", "padding", "truncation"),
@@ -177,6 +178,16 @@ def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def _size_of(message: dict[str, Any]) -> int:
+    """In characters; a short message takes as long as some text does."""
+    return SHORT_MESSAGE + sum(map(_size, message.values()))
+
+
+def _size(value: Any) -> int:
+    """What is neither a text nor a single value may be anything."""
+    return len(value) if isinstance(value, str) else LONG_TEXT if isinstance(value, (list, dict)) else 0
+
+
 async def render(
     server: Server,
     messages: list[dict[str, Any]],
@@ -192,8 +203,8 @@ async def render(
     if body.add_generation_prompt and body.continue_final_message:
         text = "add_generation_prompt and continue_final_message exclude each other; set only one of them"
         raise BadField("continue_final_message", text)
-    contents = [message["content"] for message in messages]
-    size = sum(len(content) if isinstance(content, str) else LONG_TEXT for content in contents) + (LONG_TEXT if tools else 0)
+    variables = {**kwargs, **(variables or {})}
+    size = sum(map(_size_of, messages)) + sum(map(_size, variables.values())) + (LONG_TEXT if tools else 0)
     try:
         return await off_loop(
             size,
@@ -202,7 +213,7 @@ async def render(
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=bool(body.continue_final_message),
             tools=tools,
-            **{**kwargs, **(variables or {})},
+            **variables,
         )
     except InvalidChatTemplate as error:
         raise BadField("messages", str(error)) from None

@@ -24,7 +24,7 @@ from nanovllm.server.errors import BadField
 from nanovllm.server.fields import refused
 from nanovllm.server.logprobs import chat_logprobs
 from nanovllm.server.params import constraint_of, from_format, make_params, structured_of
-from nanovllm.server.prompts import check_model, convert, text_of_parts
+from nanovllm.server.prompts import check_model, convert, off_loop, text_of_parts
 from nanovllm.server.protocol import (
     ChatMessage,
     FunctionCall,
@@ -87,7 +87,7 @@ async def create_response(request: Request) -> Response:
         raise BadField("background", "background=true is not supported: nothing is stored")
     turn = await begin_conversation(
         server,
-        _messages(body),
+        await off_loop(request.state.body_size, _messages, server, body),
         TemplateFields(tools=_tools(body)),
         tool_choice=_tool_choice(body.tool_choice),
         parallel=body.parallel_tool_calls,
@@ -129,12 +129,15 @@ async def _params(server: Server, body: ResponsesRequest, turn: Conversation) ->
 # --- in
 
 
-def _messages(body: ResponsesRequest) -> list[ChatMessage]:
+def _messages(server: Server, body: ResponsesRequest) -> list[ChatMessage]:
     messages = [ChatMessage(role="system", content=body.instructions)] if body.instructions else []
     if isinstance(body.input, str):
         return [*messages, ChatMessage(role="user", content=body.input)]
     if not body.input:
         raise BadField("input", "input is an empty list; give at least one item")
+    if len(body.input) > server.options.max_messages:
+        text = f"input has {len(body.input)} items; at most max_messages={server.options.max_messages} are allowed"
+        raise BadField("input", text)
     reasoning: str | None = None  # belongs to what the assistant does next
     for index, raw in enumerate(body.input):
         where = f"input[{index}]"
@@ -206,6 +209,7 @@ class Writer:
         self._reader = TurnReader(turn, server.engine.tokenizer)
         self._items = Items()
         self._logprobs: dict[int, list[TokenLogprobs]] = {}  # of text items, by index
+        self._unsent: list[TokenLogprobs] = []  # of tokens whose text is still held back
         self._is_cut = False  # the last item ended because there was no room for more
         self._num_events = 0
 
@@ -231,23 +235,25 @@ class Writer:
         if delta.is_first:
             yield ResponseEvent(type="response.created", sequence_number=self._next(), response=self._response())
             yield ResponseEvent(type="response.in_progress", sequence_number=self._next(), response=self._response())
-        logprobs = None if delta.logprobs is None else chat_logprobs(self._names, delta.logprobs)
+        self._unsent += chat_logprobs(self._names, delta.logprobs or ())
         for change, item, text in self._items.feed(self._reader.read(delta)):
-            if logprobs is not None and change == "grow" and item.kind == "text":
-                self._logprobs.setdefault(item.index, []).extend(logprobs)
-                yield from self._events_of(change, item, text, logprobs)
-                logprobs = None
-            else:
-                yield from self._events_of(change, item, text)
+            yield from self._events_of(change, item, text)
         if delta.finish_reason is not None:
             self._is_cut = delta.finish_reason != "stop"
+            if self._items.all and self._items.all[-1].kind == "text":
+                self._take_logprobs(self._items.all[-1])
             for change, item, text in self._items.close():
                 yield from self._events_of(change, item, text)
 
-    def _events_of(self, change: str, item: Item, text: str, logprobs: list[TokenLogprobs] | None = None) -> Iterator[Event]:
+    def _take_logprobs(self, item: Item) -> list[TokenLogprobs]:
+        taken, self._unsent = self._unsent, []
+        self._logprobs.setdefault(item.index, []).extend(taken)
+        return taken
+
+    def _events_of(self, change: str, item: Item, text: str) -> Iterator[Event]:
         place = {"output_index": item.index, "item_id": self._item_id(item)}
         if change == "grow":
-            yield self._growth(item, text, logprobs, place)
+            yield self._growth(item, text, place)
             return
         if change == "close":
             yield self._end(item, place)
@@ -263,7 +269,7 @@ class Writer:
                 event.sequence_number = self._next()
                 yield event
 
-    def _growth(self, item: Item, text: str, logprobs: list[TokenLogprobs] | None, place: dict[str, Any]) -> Event:
+    def _growth(self, item: Item, text: str, place: dict[str, Any]) -> Event:
         if item.kind == "call":
             kind = "response.function_call_arguments.delta"
             return ArgumentsEvent(type=kind, sequence_number=self._next(), delta=text, **place)
@@ -271,8 +277,8 @@ class Writer:
             return TextEvent(
                 type="response.reasoning_text.delta", sequence_number=self._next(), content_index=0, delta=text, **place
             )
-        kind = "response.output_text.delta"
-        return TextEvent(type=kind, sequence_number=self._next(), content_index=0, delta=text, logprobs=logprobs or [], **place)
+        kind, logprobs = "response.output_text.delta", self._take_logprobs(item)
+        return TextEvent(type=kind, sequence_number=self._next(), content_index=0, delta=text, logprobs=logprobs, **place)
 
     def _end(self, item: Item, place: dict[str, Any]) -> Event:
         number = self._next()

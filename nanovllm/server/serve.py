@@ -12,7 +12,6 @@ import asyncio
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from nanovllm.child_process import child_command
 from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.errors import ConfigError
 from nanovllm.log import logger
@@ -111,7 +111,7 @@ class FrontEnds:
         fd = self.listener.fileno() if inherited else None
         setup = FrontEndSetup(self.engine.address, index, str(self.folder), fields, port, fd)
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "nanovllm.server.frontend"),
+            *child_command("nanovllm.server.frontend"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             pass_fds=() if fd is None else (fd,),

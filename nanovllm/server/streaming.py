@@ -29,7 +29,6 @@ class Delta:
 
     index: int  # which of the n completions
     is_first: bool
-    start: int  # characters that came before
     text: str
     token_ids: list[int]
     logprobs: list[PositionLogprobs] | None
@@ -58,7 +57,7 @@ class Deltas:
             self._seen[index] = num_characters + len(text), num_tokens + len(token_ids), reason is not None
             logprobs = completion.logprobs and completion.logprobs[num_tokens : num_tokens + len(token_ids)]
             is_first = not (num_characters or num_tokens)
-            found.append(Delta(index, is_first, num_characters, text, token_ids, logprobs, reason, completion.stop_reason))
+            found.append(Delta(index, is_first, text, token_ids, logprobs, reason, completion.stop_reason))
         return found
 
 

@@ -12,13 +12,13 @@ import json
 import os
 import select
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from nanovllm.child_process import child_command
 from nanovllm.errors import CapacityError, InvalidGrammar
 from nanovllm.log import logger
 from nanovllm.sampling_params import StructuredOutput
@@ -117,9 +117,8 @@ class GrammarChecker:
         return answer["error"]
 
     def _start(self) -> _Worker:
-        command = [sys.executable, "-m", "nanovllm.structured.worker"]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        command = child_command("nanovllm.structured.worker")
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         worker = self._worker = _Worker(process, process.stdout.fileno())  # type: ignore[union-attr]
         try:
             worker.send(self._model)

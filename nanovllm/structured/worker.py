@@ -1,7 +1,5 @@
 """The process that compiles grammars of strangers; `checker.py` starts it, talks to it and kills it.
 
-    python -m nanovllm.structured.worker
-
 Reads lines of JSON: first the model's tokenizer, then one grammar after the other. Answers each with its error, or null.
 Ends with its input. If its parent dies while a grammar takes long, an alarm ends it.
 """
@@ -57,7 +55,3 @@ def limit_memory() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = MAX_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MAX_MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanovllm.server.admission import MAX_RETRY_S, UNKNOWN_RETRY_S, Admission
 from nanovllm.server.auth import Key
-from nanovllm.server.errors import QueueFull
+from nanovllm.server.errors import HttpError, QueueFull
 
 PLAIN = Key(name="plain", digest=b"1")
 URGENT = Key(name="urgent", digest=b"2", priority=-1)
@@ -97,6 +97,18 @@ def test_a_full_queue_makes_place_for_a_more_urgent_class_only():
     in_loop(test)
 
 
+def test_who_has_left_the_queue_is_forgotten_however_long_others_wait_before_it():
+    def test():
+        admission, _ = make(capacity=1, max_queued=100)
+        admission.enter(PLAIN)
+        waiting = admission.enter(URGENT)
+        for _ in range(5000):
+            admission.leave(admission.enter(LAZY))
+        assert len(admission._heap) < 200 and waiting.state == "waiting" and admission.num_waiting == 1
+
+    in_loop(test)
+
+
 def test_a_wide_request_at_the_head_is_not_overtaken_and_not_starved():
     def test():
         admission, _ = make(capacity=4, max_queued=20)
@@ -156,6 +168,16 @@ def test_a_key_has_so_many_completions_at_once_waiting_or_not():
         admission.enter(PLAIN)  # others are not concerned
         admission.leave(tickets[0])
         admission.enter(key, weight=2)
+
+    in_loop(test)
+
+
+def test_more_completions_than_a_key_may_ever_have_are_no_matter_of_waiting():
+    def test():
+        admission, _ = make(capacity=9, max_queued=9)
+        with pytest.raises(HttpError) as caught:
+            admission.enter(Key(name="k", digest=b"4", max_concurrent=2), weight=3)
+        assert caught.value.status == 400 and caught.value.param == "n"
 
     in_loop(test)
 

@@ -308,6 +308,19 @@ def test_a_stream_of_a_completion_adds_up_to_the_whole(tiny):
     assert param(tiny, COMPLETIONS, stream_options={"include_usage": True}) == "stream_options"
 
 
+def test_offsets_of_a_stream_are_those_of_its_text_though_some_of_it_is_held_back(tiny):
+    """Characters of several tokens, and what might become a stop string."""
+    text = "é 🎉 one two onto the end"
+    form = {"structured_outputs": {"regex": text}, "stop": ["one two only", "end of it"]}
+    options = {**form, "prompt": "x", "logprobs": 0, "max_tokens": 60, "ignore_eos": False}
+    whole = answer(tiny, COMPLETIONS, **options)["choices"][0]
+    events = post(tiny, COMPLETIONS, **options, stream=True).events[:-1]
+    streamed = joined(event["choices"][0]["logprobs"]["text_offset"] for event in events)
+    assert whole["text"] == text and streamed == whole["logprobs"]["text_offset"]
+    for token, offset in zip(whole["logprobs"]["tokens"], streamed):
+        assert "\ufffd" in token or token.startswith("<|") or text.startswith(token, offset)
+
+
 @pytest.mark.honours(CHAT, "stream stream_options")
 def test_a_stream_of_a_chat_adds_up_to_the_whole(tiny):
     options = {"n": 2, "logprobs": True, "top_logprobs": 1, "prompt_logprobs": 0, "seed": 3, "temperature": 1}

@@ -129,6 +129,20 @@ def test_the_events_of_a_response(tiny):
     assert blamed(tiny, include=["reasoning.encrypted_content"]).startswith("include")
 
 
+def test_a_stream_of_a_response_loses_no_log_probability(tiny):
+    """Not that of a token which is only a part of a character, and not that of the end token."""
+    options = {"include": ["message.output_text.logprobs"], "structured_outputs": {"regex": "é 🎉!"}, "ignore_eos": False}
+    options["max_output_tokens"] = 40
+    whole = respond(tiny, **options)["output"][0]["content"][0]
+    events = tiny.post(RESPONSES, {"input": "Tell me", **GREEDY, **options, "stream": True}).events
+    last = events[-1]["response"]["output"][0]["content"][0]
+    assert whole["text"] == last["text"] == "é 🎉!"
+    tokens = [position["token"] for position in whole["logprobs"]]
+    assert [position["token"] for position in last["logprobs"]] == tokens
+    done = next(event for event in events if event["type"] == "response.output_text.done")
+    assert [position["token"] for position in done["logprobs"]] == tokens
+
+
 @pytest.mark.honours(RESPONSES, "text structured_outputs")
 def test_the_form_of_a_response(tiny):
     free = {"ignore_eos": False, "max_output_tokens": 40}

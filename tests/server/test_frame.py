@@ -8,6 +8,7 @@ import time
 import pytest
 from server_frame import read_all, serving
 
+from nanovllm.server.auth import Key, Keyring, _digest
 from nanovllm.server.http import BoundedHttp
 
 MEBI = 2**20
@@ -73,6 +74,20 @@ def test_a_client_that_leaves_takes_its_request_along(frame, stream):
     frame.assert_nothing_is_held()
 
 
+def test_who_leaves_before_the_first_token_pays_for_the_prompt():
+    key = Key(name="k", digest=_digest("sk-user-12345", "test"), tokens_per_minute=10_000)
+    with serving(Keyring([key])) as frame:
+        frame.call(lambda: setattr(frame.engine, "is_paused", True))
+        connection = frame.connect()
+        body = json.dumps({"prompt": [1] * 100}).encode()
+        head = b"POST /run HTTP/1.1\r\nHost: x\r\nX-Api-Key: sk-user-12345\r\nContent-Length: %d\r\n\r\n" % len(body)
+        connection.sendall(head + body)
+        frame.wait_until(lambda: frame.server.admission.num_running == 1)
+        connection.close()
+        frame.wait_until(lambda: frame.server.admission.num_running == 0)
+        assert 9_850 < frame.call(lambda: frame.server.admission._account(key).balance) < 9_950
+
+
 def test_a_client_that_leaves_the_queue_gives_its_place_back():
     with serving(max_num_seqs=1) as frame:
         frame.call(lambda: setattr(frame.engine, "is_paused", True))
@@ -111,6 +126,17 @@ def test_a_reader_that_stalls_is_bounded_does_not_slow_others_and_is_cut_off():
         assert len(read_all(connection)) < MEBI  # of 60: what was not taken is gone
 
 
+def test_a_reader_that_stalls_holds_nothing_beyond_its_deadline():
+    options = {"stalled_client_timeout_s": 60.0, "request_timeout_s": 3.0, "max_stream_buffer": 65536}
+    with serving(options=options, num_blocks=1024) as frame:
+        connection = frame.connect()
+        connection.setsockopt(1, 8, 4096)
+        body = json.dumps({"prompt": "hello", "stream": True, "max_tokens": 300, "pad": 200_000}).encode()
+        connection.sendall(b"POST /run HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        frame.wait_until(lambda: max(_waiting_bytes(), default=0) > 0)
+        frame.wait_until(lambda: not frame.server.admission.num_running, seconds=20)
+
+
 def _waiting_bytes():
     connections = [
         thing
@@ -142,14 +168,29 @@ def test_a_stream_beyond_its_deadline_ends_with_an_error_event():
         frame.assert_nothing_is_held()
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("place", ["queue", "engine"])
-def test_without_a_first_token_in_time_a_request_gets_503(place):
+def test_without_a_first_token_in_time_a_request_gets_503(place, stream):
     with serving(options={"queue_timeout_s": 0.4}, max_num_seqs=1) as frame:
         frame.call(lambda: setattr(frame.engine, "is_paused", True))
         if place == "queue":
             frame.call(lambda: setattr(frame.server.admission, "num_running", 100))
-        reply = frame.run()
+        reply = frame.run(stream=stream)
         assert reply.status == 503 and reply.error["code"] == "queue_timeout" and int(reply.headers["retry-after"]) >= 1
+        if place == "queue":
+            frame.call(lambda: setattr(frame.server.admission, "num_running", 0))
+        frame.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("place", ["queue", "engine"])
+def test_an_embedding_waits_no_longer_than_a_completion(place):
+    with serving(options={"queue_timeout_s": 0.4}, max_num_seqs=1) as frame:
+        if place == "queue":
+            frame.call(lambda: setattr(frame.server.admission, "num_running", 100))
+        else:
+            frame.call(lambda: setattr(frame.engine, "is_paused", True))
+        reply = frame.post("/embed")
+        assert reply.status == 503 and reply.error["code"] == "queue_timeout"
         if place == "queue":
             frame.call(lambda: setattr(frame.server.admission, "num_running", 0))
         frame.assert_nothing_is_held()

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 from server_fakes import FakeAsyncEngine
-from server_frame import ROUTES, read_all, serving
+from server_frame import ROUTES, RunRequest, read_all, serving
 
 import nanovllm
 from nanovllm.errors import ConfigError
 from nanovllm.server.app import create_app
 from nanovllm.server.auth import Key, Keyring, _digest
+from nanovllm.server.body import parse
+from nanovllm.server.errors import BadField
 from nanovllm.server.options import ServerOptions
 
 USER, OTHER, ADMIN = "sk-user-12345", "sk-other-12345", "sk-admin-12345"
@@ -469,6 +471,14 @@ def test_errors_name_the_field(frame):
         ({"max_tokens": 0}, "max_tokens"),
     ):
         assert frame.run(key=USER, **fields).error["param"] == param
+
+
+def test_a_repeated_key_among_very_many_is_found_in_no_time():
+    body = b'{"extra": {' + b",".join(b'"%d":1' % i for i in range(25_000)) + b',"24999":1}}'
+    started = time.monotonic()
+    with pytest.raises(BadField, match="given twice"):
+        parse(body, RunRequest, {}, 64)
+    assert time.monotonic() - started < 1
 
 
 def test_a_large_body_is_parsed_in_a_thread_by_the_same_rules():

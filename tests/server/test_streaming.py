@@ -29,7 +29,7 @@ def make_output(n: int = 1, **fields: Any) -> GenerationOutput:
 
 
 def make_delta(text: str, finish_reason: str | None = None, stop_reason: Any = None, token_ids: Any = (7,)) -> Delta:
-    return Delta(0, False, 0, text, list(token_ids), None, finish_reason, stop_reason)
+    return Delta(0, False, text, list(token_ids), None, finish_reason, stop_reason)
 
 
 # --- deltas
@@ -147,6 +147,15 @@ def test_the_end_token_is_no_part_of_a_text_that_keeps_special_tokens(tokenizer)
     assert read(make_delta("Hello<|im_end|>", "stop", None, [5, end])) == [Text("Hello")]
     read = TurnReader(turn, tokenizer).read
     assert read(make_delta("Hello<|im_end|>", "stop", "Hello<|im_end|>", [5, end])) == [Text("Hello<|im_end|>")]
+
+
+def test_a_text_that_its_grammar_ends_keeps_its_last_token(tokenizer):
+    """A grammar may end a text without an end token; then the last token is part of a call."""
+    read = TurnReader(make_turn(tool_format="llama3_json", tool_names=("look",)), tokenizer).read
+    parts = read(make_delta('{"name": "look", "parameters": {"a": 1')) + read(
+        make_delta("}}", "stop", None, [tokenizer.token_to_id("}}")])
+    )
+    assert "".join(part.fragment for part in parts if isinstance(part, ToolCallArguments)) == '{"a": 1}'
 
 
 def test_what_the_client_does_not_want_is_left_out(tokenizer):

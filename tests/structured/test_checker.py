@@ -160,6 +160,16 @@ def test_verdicts_are_kept_up_to_a_limit(checker, monkeypatch):
     assert [kept.text for kept in checker._verdicts] == ["v7", "v8", "v9", "v10", "v11"]
 
 
+def test_the_worker_takes_no_code_from_the_current_folder(tmp_path, monkeypatch):
+    """Which may be that of a downloaded model."""
+    for name in ("json", "msgspec", "llguidance", "tokenizers", "nanovllm"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the model has run')")
+    monkeypatch.chdir(tmp_path)
+    checker = make_checker()
+    checker.check_grammar(GOOD, 20)
+    checker.close()
+
+
 def test_the_worker_ends_with_its_checker():
     checker = make_checker()
     checker.check_grammar(GOOD, 20)
