@@ -105,7 +105,7 @@ def _serving(record: dict[str, Any], engine: dict[str, Any]) -> Iterator[Line]:
 
 
 def client_arrivals(measured: dict[str, Any], begin: float) -> list[Arrival]:
-    """What the client of the records did (as `bench serve` with the workload poisson does): all prompts first, then the times between requests, from one generator.
+    """What the client of the records did, as `bench serve` does: all prompts first, then the gaps, from one generator.
 
     "All at once" takes its one process a while: the last request ends that much later than its latency.
     """
