@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
 from collections import deque
 
@@ -109,3 +110,10 @@ def failing(config: EngineConfig) -> ServedEngine:
 
 def refusing(config: EngineConfig) -> ServedEngine:
     raise RuntimeError("no such device")
+
+
+def never_ready(config: EngineConfig) -> ServedEngine:
+    """A model that loads for ever."""
+    print("loading for ever", file=sys.stderr, flush=True)
+    time.sleep(600)
+    raise SystemExit("a test has waited for ten minutes")

@@ -40,6 +40,7 @@ from nanovllm.server.anthropic_protocol import (
     TextBlock,
     TextGrowth,
     TextReply,
+    Thinking,
     ThinkingBlock,
     ThinkingGrowth,
     ThinkingReply,
@@ -108,7 +109,7 @@ async def _begin(server: Server, request: Request, body: CountTokensRequest) -> 
     if body.messages and body.messages[-1].role == "assistant":  # its beginning is given, the model goes on
         template.continue_final_message = True
     if body.thinking is not None:
-        template.chat_template_kwargs = _thinking(server, body.thinking.type)
+        template.chat_template_kwargs = _thinking(server, body.thinking)
     return await begin_conversation(
         server,
         await off_loop(request.state.body_size, _messages, body),
@@ -120,7 +121,15 @@ async def _begin(server: Server, request: Request, body: CountTokensRequest) -> 
     )
 
 
-def _thinking(server: Server, kind: str) -> dict[str, Any] | None:
+def _thinking(server: Server, thinking: Thinking) -> dict[str, Any] | None:
+    kind = thinking.type
+    if kind == "adaptive":
+        raise BadField(
+            "thinking.type", "thinking.type: `adaptive` is not supported, use `enabled` or `disabled`", "unsupported_field"
+        )
+    if thinking.budget_tokens is not None:
+        text = "thinking.budget_tokens is not supported: leave it out; `max_tokens` bounds thinking and answer together"
+        raise BadField("thinking.budget_tokens", text, "unsupported_field")
     if "enable_thinking" in (server.engine.tokenizer.chat_template or ""):
         return {"enable_thinking": kind == "enabled"}
     if kind == "enabled":

@@ -76,7 +76,8 @@ class AnthropicToolChoice(Body, kw_only=True):
 
 
 class Thinking(Body, kw_only=True):
-    type: Literal["enabled", "disabled"]
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Any = None
 
 
 class OutputFormat(Body, kw_only=True):

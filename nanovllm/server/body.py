@@ -23,6 +23,9 @@ from nanovllm.server.options import ServerOptions
 T = TypeVar("T")
 LONG_BODY = 256 * 1024  # bytes; longer ones are parsed in a thread
 MAX_INT = 2**64  # beyond it an integer fits no counter, seed or token id
+FREE_FORM = frozenset(  # what is passed on as it is: a null in it has a meaning of its own
+    ("arguments", "chat_template_kwargs", "documents", "guided_json", "input", "input_schema", "json", "parameters", "schema")
+)
 
 
 async def read_body(request: Request, options: ServerOptions) -> bytes:
@@ -88,10 +91,13 @@ def parse(body: bytes, struct_type: type[T], refused: Mapping[str, str], max_dep
         raise BadField(None, "the body must be a JSON object")
     known: tuple[str, ...] = struct_type.__struct_encode_fields__  # type: ignore[attr-defined]
     for name in [name for name in fields if name not in known]:
-        if name not in refused:
+        if fields[name] is None:
+            del fields[name]
+        elif name not in refused:
             raise BadField(name, f"unknown field {name[:64]!r}{did_you_mean(name[:64], [*known, *refused])}", "unknown_field")
-        if fields.pop(name) is not None:
+        else:
             raise BadField(name, f"field {name!r} is not supported: {refused[name]}", "unsupported_field")
+    _drop_nulls(fields)
     try:
         return msgspec.convert(fields, struct_type)
     except msgspec.ValidationError as error:
@@ -110,6 +116,19 @@ def _decode(body: bytes, max_depth: int) -> Any:
         detail = str(error) if isinstance(error, msgspec.DecodeError) else "it is not valid UTF-8 or holds an impossible number"
         raise BadField(None, f"the body is not valid JSON: {detail}", "invalid_json") from None
     return fields
+
+
+def _drop_nulls(root: dict[str, Any]) -> None:
+    """null means left out, at every level: clients send the unset fields of their own newer versions back as nulls."""
+    found: list[Any] = [root]
+    while found:
+        container = found.pop()
+        if type(container) is dict:
+            for name in [name for name, value in container.items() if value is None]:
+                del container[name]
+            found += [value for name, value in container.items() if name not in FREE_FORM or type(value) is list]
+        elif type(container) is list:
+            found += [value for value in container if type(value) is dict or type(value) is list]
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
@@ -132,7 +151,10 @@ def _check_values(root: Any, max_depth: int) -> None:
             for value in container.values() if type(container) is dict else container if type(container) is list else ():
                 if type(value) is int:
                     if not -MAX_INT < value < MAX_INT:
-                        raise BadField(None, "the body holds an integer of more than 64 bits", "integer_out_of_range")
+                        fields: dict[str, Any] = root if container is root and type(root) is dict else {}
+                        name = next((name for name, own in fields.items() if own is value), None)
+                        text = f"{name or 'the body'} holds an integer of more than 64 bits"
+                        raise BadField(name, text, "integer_out_of_range")
                 elif type(value) is dict or type(value) is list:
                     below.append(value)
         level = below

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.errors import CacheTooSmall, CapacityError, EngineDead, NanoVllmError, PromptTooLong, RequestError
+from nanovllm.errors import CacheTooSmall, CapacityError, EngineDead, InvalidPrompt, NanoVllmError, PromptTooLong, RequestError
 
 log = logging.getLogger("nanovllm.server")
 
@@ -29,6 +29,13 @@ TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
     504: "timeout_error",
+}
+PROMPT_FIELDS = {  # which field the prompt came in
+    "/v1/completions": "prompt",
+    "/v1/chat/completions": "messages",
+    "/v1/messages": "messages",
+    "/v1/responses": "input",
+    "/v1/embeddings": "input",
 }
 MAX_PARAM = 200  # characters; the name of an unknown field is the client's
 MAX_MESSAGE = 2000  # characters; a message may quote what the client sent
@@ -115,6 +122,8 @@ def error_body(error: BaseException, request_id: str = "") -> tuple[int, dict[st
 def encoded_error(path: str, error: BaseException, request_id: str = "") -> bytes:
     """The JSON of an error, in the shape that the clients of `path` expect."""
     _, body = error_body(error, request_id)
+    if body["error"]["param"] is None and isinstance(error, (PromptTooLong, CacheTooSmall, InvalidPrompt)):
+        body["error"]["param"] = PROMPT_FIELDS.get(path)
     if path.startswith("/v1/messages"):
         body = {"type": "error", **body, "request_id": request_id or None}
     return msgspec.json.encode(body)

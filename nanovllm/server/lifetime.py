@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -26,6 +27,7 @@ from nanovllm.server.options import ServerOptions
 
 DEAD_LINGER_S = 1.0  # how long a server says that its engine is dead, before it exits
 OTHER_FILES = 256  # besides connections
+BACKLOG = 2048  # connections that wait to be accepted
 LAST_ANSWERS_S = 3.0  # for requests that the end of a drain has stopped
 
 
@@ -56,12 +58,25 @@ async def run_app(
 
 
 def run_process(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
-    """`asyncio.run`, on uvloop where there is one."""
+    """`asyncio.run`, on uvloop where there is one. A SIGTERM before `main` has its own handler ends it in good order: 0."""
+
+    async def stoppable() -> int:
+        task = asyncio.current_task()
+        if task is not None and threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await main()
+
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(main())
-    return uvloop.run(main())
+        run = asyncio.run
+    else:
+        run = uvloop.run
+    try:
+        return run(stoppable())
+    except asyncio.CancelledError:
+        logger.info("stopped while it was starting")
+        return 0
 
 
 def settle_memory() -> None:
@@ -83,7 +98,7 @@ def allow_open_files(max_connections: int) -> None:
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
     if allowed < wanted:
-        logger.warning("max_connections=%d, but this user may have only %d open files (ulimit -Hn)", max_connections, hard)
+        logger.info("max_connections=%d, but only %d open files are allowed: ulimit -Hn would raise it", max_connections, hard)
 
 
 class Stopper:
@@ -164,16 +179,34 @@ def bind_tcp(family: int, address: Any, is_shared: bool) -> socket.socket:
 
 
 def _bind_unix(path: str) -> socket.socket:
+    """It listens at once, so that nobody takes the path of a server that is still loading for one that was killed."""
+    _remove_if_abandoned(path)
     listener = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)  # for this user alone
     try:
         listener.bind(path)
+        listener.listen(BACKLOG)
     except OSError:
         listener.close()
         raise
     finally:
         os.umask(before)
     return listener
+
+
+def _remove_if_abandoned(path: str) -> None:
+    """A server that was killed leaves its socket, and nobody listens to it."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return  # binding it will say what is wrong
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1.0)
+            probe.connect(path)
+    except ConnectionRefusedError:
+        logger.warning("%s was left by a server that is no more, and is taken over", path)
+        os.unlink(path)
+    except OSError:
+        return
 
 
 def _refuse_taken_port(family: int, address: Any) -> None:

@@ -57,6 +57,11 @@ class ServerOptions:
             self._check(field.name, str(field.type))
         if self.port > 65535:
             raise ConfigError(f"port={self.port} is more than 65535")
+        if self.served_model_name == "":
+            raise ConfigError("served_model_name is empty; leave it out to use what --model says")
+        for origin in self.origins:
+            if origin != "*" and "://" not in origin:
+                raise ConfigError(f"cors_origins: {origin!r} is not an origin, such as https://example.com")
 
     @classmethod
     def from_options(cls, **options: Any) -> ServerOptions:

@@ -97,8 +97,6 @@ class FrontEnds:
         self._is_stopping = False
 
     async def start(self) -> None:
-        if self.options.uds is not None:
-            self.listener.listen(2048)
         await asyncio.gather(*(self._start_one(index) for index in range(self.options.num_frontends)))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

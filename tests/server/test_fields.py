@@ -149,6 +149,29 @@ def test_null_means_left_out_for_every_field(tiny, path):
     assert tiny.post(path, {**dict.fromkeys(names), **SMALL_BODIES[path]}).status == 200
 
 
+def test_null_means_left_out_at_every_level_and_for_fields_of_newer_clients(tiny):
+    block = {"type": "text", "text": "hi", "citations": None, "of_next_year": None}
+    body = {**SMALL_BODIES["/v1/messages"], "messages": [{"role": "user", "content": [block], "also": None}], "later": None}
+    assert tiny.post("/v1/messages", body).status == 200
+    schema = {"type": "object", "properties": {"a": {"enum": [None, 1], "default": None}}}
+    tool = {"type": "function", "function": {"name": "f", "description": None, "parameters": schema}}
+    assert tiny.post("/v1/chat/completions", {**SMALL_BODIES["/v1/chat/completions"], "tools": [tool]}).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/v1/completions", "prompt", [1] * 5000),
+        ("/v1/completions", "prompt", [-1]),
+        ("/v1/chat/completions", "messages", [{"role": "user", "content": "word " * 5000}]),
+        ("/v1/embeddings", "input", ""),
+    ],
+)
+def test_a_bad_prompt_names_the_field_that_it_came_in(tiny, path, field, value):
+    reply = tiny.post(path, {**SMALL_BODIES[path], field: value})
+    assert (reply.status, reply.error["param"]) == (400, field)
+
+
 @pytest.mark.parametrize("path", STRUCTS)
 def test_an_unknown_field_is_a_400_that_names_it_and_what_was_meant(tiny, path):
     reply = tiny.post(path, {**SMALL_BODIES[path], "modle": "x"})

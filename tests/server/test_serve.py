@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from nanovllm.cli import build_parser, main
-from nanovllm.log import logger
 from nanovllm.server.serve import YOUNG_S
 
 TESTS = Path(__file__).parent.parent
@@ -79,14 +78,6 @@ class Process:
     def wait(self, seconds: float = 15) -> int:
         self.lines += self.process.communicate(timeout=seconds)[1].splitlines()
         return self.process.returncode
-
-
-@pytest.fixture(autouse=True)
-def own_logging():
-    """`main` points the log at what pytest takes for standard error, for the time of one test."""
-    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
 
 
 @contextmanager
@@ -217,6 +208,28 @@ def test_a_unix_socket_is_for_its_user_alone_and_goes_away(tmp_path):
             assert connection.recv(4096).startswith(b"HTTP/1.1 200")
         running.process.send_signal(signal.SIGTERM)
         assert running.wait() == 0 and not path.exists()
+
+
+def test_the_unix_socket_of_a_killed_server_is_taken_over_and_that_of_a_living_one_is_not(tmp_path, capsys):
+    path = tmp_path / "server.sock"
+    with server(uds=str(path)) as running:
+        assert main(["serve", "--uds", str(path)]) == 1 and "cannot listen on" in capsys.readouterr().err
+        running.process.kill()
+        running.process.wait()
+        assert path.exists()
+        with server(uds=str(path)) as successor:
+            assert " serving fake at unix:" in successor.lines[-1]
+
+
+def test_a_sigterm_while_the_model_is_loading_ends_in_good_order():
+    program = PROGRAM.format(path=[str(TESTS.parent), str(TESTS)], options={"port": 0}, builder="served:never_ready")
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "loading for ever" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=20)[1]
+    assert process.returncode == 0 and "stopped while it was starting" in rest and "Traceback" not in rest
 
 
 def test_a_taken_port_is_said_before_the_model_is_loaded(capsys):
