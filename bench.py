@@ -12,19 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from random import randint, seed
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.bench.record import write_record
-
-
-def make_workload(num_requests: int, divide: int) -> tuple[list[list[int]], list[SamplingParams]]:
-    """The seeds' order of random calls: all prompts first, then all output lengths."""
-    seed(0)
-    longest = max(1024 // divide, 2)
-    prompts = [[randint(0, 10000) for _ in range(randint(max(100 // divide, 1), longest))] for _ in range(num_requests)]
-    lengths = [randint(max(100 // divide, 1), longest) for _ in range(num_requests)]
-    return prompts, [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length) for length in lengths]
+from nanovllm.bench.workloads import make_workload
 
 
 def main() -> None:
@@ -47,7 +38,10 @@ def main() -> None:
     llm = LLM(arguments.model)
     startup_s = time.perf_counter() - start
     print(llm.memory_plan.describe())
-    prompts, params = make_workload(num_requests, divide)
+    lengths = {"shortest": max(100 // divide, 1), "longest": max(1024 // divide, 2)}
+    workload = make_workload("nano-vllm", num_requests=num_requests, **lengths)
+    prompts = [list(one.prompt) for one in workload.requests]
+    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=one.num_output) for one in workload.requests]
     llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4), use_tqdm=False)  # warm up
     start = time.perf_counter()
     outputs = llm.generate(prompts, params)

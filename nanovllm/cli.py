@@ -1,10 +1,11 @@
-"""The command line: `nanovllm generate | chat | serve | replay | simulate | env`, with options from the fields of dataclasses.
+"""The command line: `nanovllm generate | chat | serve | bench | replay | simulate | env`. Options come from dataclasses.
 
     nanovllm generate "The capital of France is" --max-tokens 20
     nanovllm chat --model Qwen/Qwen3-0.6B
     nanovllm serve --port 8000
     nanovllm chat --url http://127.0.0.1:8000
     nanovllm replay flight-record.json
+    nanovllm bench serve --url http://127.0.0.1:8000 --precision bfloat16 --workload poisson
     nanovllm simulate --gpu h200 --model qwen3-8b --slo ttft=200ms,tpot=20ms
     nanovllm env
 
@@ -27,6 +28,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from importlib import metadata
 from typing import Any
 
+from nanovllm.bench.commands import add_bench_commands
 from nanovllm.config import EngineConfig
 from nanovllm.engine.progress import deferred_interrupt
 from nanovllm.errors import ConfigError, InvalidPrompt, NanoVllmError
@@ -86,6 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
     replay = _add_command(commands, "replay", run_replay, "run the scheduler again on a flight record, and say where it differs")
     replay.add_argument("file", help="a flight record: of a crash, a stall, SIGUSR2, or POST /admin/flight_record")
     replay.add_argument("--policy", help="another scheduling policy than the recorded one")
+    bench = commands.add_parser("bench", help="workloads, records, comparisons", description="Reproducible benchmarks.")
+    add_bench_commands(bench, lambda parser: _add_fields(parser.add_argument_group("engine"), EngineConfig))
     simulate = _add_command(commands, "simulate", run_simulate, "predict latencies and throughput without a GPU")
     _add_fields(simulate.add_argument_group("simulation"), SimulateOptions)
     _add_command(commands, "env", run_env, "print versions, devices and what would be used")

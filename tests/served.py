@@ -9,12 +9,13 @@ import dataclasses
 import os
 import sys
 import time
+from collections import deque
 
 import tokenizers
 from support import VOCAB_SIZE, CountingExecutor, FakeExecutor, make_scheduler
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.batch import ScheduledBatch, StepResult
 from nanovllm.engine.engine_process import ServedEngine
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.messages import EngineFacts
@@ -32,6 +33,25 @@ class FailingExecutor(FakeExecutor):
         if batch.step == 4:
             raise RuntimeError("the fake device caught fire")
         super().dispatch(batch)
+
+
+class PacedExecutor(CountingExecutor):
+    """A step is ready so long after it was dispatched, or after the one before was ready."""
+
+    def __init__(self, seconds_per_step: float) -> None:
+        super().__init__()
+        self._seconds_per_step = seconds_per_step
+        self._ready_at: deque[float] = deque([0.0])
+
+    def dispatch(self, batch: ScheduledBatch) -> None:
+        self._ready_at.append(max(self._ready_at[-1], time.monotonic()) + self._seconds_per_step)
+        super().dispatch(batch)
+
+    def collect(self) -> StepResult:
+        if len(self._ready_at) > 1:
+            self._ready_at.popleft()
+        time.sleep(max(0.0, self._ready_at[0] - time.monotonic()))
+        return super().collect()
 
 
 def make_tokenizer() -> Tokenizer:
@@ -72,6 +92,11 @@ def fake(config: EngineConfig) -> ServedEngine:
 def slow(config: EngineConfig) -> ServedEngine:
     """100 steps per second."""
     return serve(config, FakeExecutor(config.num_kv_blocks or 4096, BLOCK_SIZE, seconds_per_step=0.01))
+
+
+def paced(config: EngineConfig) -> ServedEngine:
+    """One step takes as many seconds as the environment says. Draws without looking."""
+    return serve(config, PacedExecutor(float(os.environ["NANOVLLM_TEST_STEP_S"])))
 
 
 def counting(config: EngineConfig) -> ServedEngine:

@@ -1,22 +1,30 @@
 """Benchmark records: one JSON file that says what ran, on what, from which commit, and every repeat.
 
-A figure in README or docs comes from a record, by link. Records are written here and nowhere else.
+A figure in README or docs comes from a record, by link. Records are written here and nowhere else, and never over one
+another. Rows of single requests lie beside the record, compressed, with their checksum in it. What a record of
+`nanovllm bench` must have, and whether it agrees with itself, is `check.py`'s.
 """
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from nanovllm.errors import ConfigError
+
 RECORDS = Path("benchmarks/records")
+SECRET_OPTIONS = ("--api-key",)
 LIBRARIES = ("torch", "triton", "numpy", "tokenizers", "transformers")
 
 
@@ -27,8 +35,9 @@ def environment() -> dict[str, Any]:
         "commit": told or _git("rev-parse", "HEAD"),
         "dirty": None if told else bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/records")),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": command_line(),
         "processor": _processor(),
+        "gpus": _gpus(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
         "system": platform.platform(),
@@ -43,13 +52,71 @@ def summary(repeats: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(repeats), "min": min(repeats), "max": max(repeats), "repeats": repeats}
 
 
-def write_record(name: str, **content: Any) -> Path:
-    """`benchmarks/records/<date>-<name>.json`; returns its path."""
+def write_record(name: str, *, rows: Sequence[Mapping[str, Any]] = (), folder: Path = RECORDS, **content: Any) -> Path:
+    """`<folder>/<date>-<name>.json`, with `-2` and so on after a name that is taken; returns its path.
+
+    `rows` go to a file of compressed JSON lines beside it, which the record's field `logs` names.
+    """
     facts = environment()
-    path = RECORDS / f"{facts['time'][:10]}-{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"name": name, "environment": facts, **content}, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = first = f"{facts['time'][:10]}-{name}"
+    number = 1
+    while (folder / f"{stem}.json").exists():
+        number += 1
+        stem = f"{first}-{number}"
+    if rows:
+        data = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0)
+        (folder / f"{stem}.rows.jsonl.gz").write_bytes(data)
+        logs = {"rows": f"{stem}.rows.jsonl.gz", "num_rows": len(rows), "sha256": hashlib.sha256(data).hexdigest()}
+        content = {"logs": logs, **content}
+    path = folder / f"{stem}.json"
+    path.write_text(json.dumps({"name": name, "environment": facts, **content}, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Raises `ConfigError` for what is not a record."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not a record: {error}") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path} is not a record: it holds a {type(record).__name__}")
+    return record
+
+
+def read_rows(path: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the record at `path`. Raises `ConfigError` when they are missing or not those that were written."""
+    logs = record.get("logs")
+    if not isinstance(logs, dict) or not isinstance(logs.get("rows"), str) or Path(logs["rows"]).name != logs["rows"]:
+        raise ConfigError(f"{path}: its field logs names no file of rows")
+    try:
+        data = (path.parent / logs["rows"]).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: its rows are missing: {error}") from error
+    if hashlib.sha256(data).hexdigest() != logs.get("sha256"):
+        raise ConfigError(f"{path.parent / logs['rows']} is not what was recorded: its checksum differs")
+    return [json.loads(line) for line in gzip.decompress(data).splitlines()]
+
+
+def command_line() -> str:
+    """Of this process, without secrets."""
+    words = [Path(sys.executable).name, *sys.argv]
+    for place, word in enumerate(words):
+        name, equals, _ = word.partition("=")
+        if name in SECRET_OPTIONS and equals:
+            words[place] = f"{name}=..."
+        elif name in SECRET_OPTIONS and place + 1 < len(words):
+            words[place + 1] = "..."
+    return " ".join(words)
+
+
+def _gpus() -> list[str]:
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
 
 
 def _git(*arguments: str) -> str:

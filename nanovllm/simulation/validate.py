@@ -26,7 +26,7 @@ RECORDS = Path("benchmarks/records")
 OFFLINE = ("2026-11-25-gpu-qwen3-0.6b.json", "2026-11-25-gpu-qwen3-8b.json")
 SERVING = "2026-11-25-gpu-serve-qwen3-0.6b.json"
 FITTED = {("50 requests/s", "TTFT p50, ms")}
-CLIENT_VOCABULARY = 10_000  # of benchmarks/serve_load.py
+CLIENT_VOCABULARY = 10_000  # of the client that made the records: today `bench serve`, workload poisson
 PAUSE_S = 60.0  # between two loads of the serving record: long enough for the last answer
 BAR, GOAL = 0.10, 0.05
 
@@ -105,7 +105,7 @@ def _serving(record: dict[str, Any], engine: dict[str, Any]) -> Iterator[Line]:
 
 
 def client_arrivals(measured: dict[str, Any], begin: float) -> list[Arrival]:
-    """What `benchmarks/serve_load.py` does: all prompts first, then the times between requests, from one generator.
+    """What the client of the records did, as `bench serve` does: all prompts first, then the gaps, from one generator.
 
     "All at once" takes its one process a while: the last request ends that much later than its latency.
     """
