@@ -36,7 +36,6 @@ def test_limits_are_shown_and_changed_those_of_the_engine_and_those_of_the_serve
         ({"max_num_seqs": 0, "max_queued_requests": 1}, "max_num_seqs"),
         ({"max_queued_requests": -1, "max_num_seqs": 1}, "max_queued_requests"),
         ({"request_timeout_s": -1}, "request_timeout_s"),
-        ({"max_num_seqs": None}, "max_num_seqs"),
     ],
 )
 def test_wrong_limits_change_nothing_and_are_named(frame, changes, param):
