@@ -7,8 +7,6 @@ StreamingResponse. Here nothing is tokenised, detokenised or asked of another pr
 more. Every tick of a common clock is one token for each stream, as a step of an engine is.
 """
 
-from __future__ import annotations
-
 import asyncio
 import sys
 import time
@@ -17,7 +15,7 @@ from contextlib import asynccontextmanager
 from uuid import uuid4
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
@@ -80,7 +78,9 @@ async def health() -> dict[str, str]:
 
 
 @app.post("/v1/completions")
-async def completions(body: CompletionRequest) -> StreamingResponse:
+async def completions(request: Request) -> StreamingResponse:
+    body = CompletionRequest.model_validate_json(await request.body())  # the client of front_end.py names no content type
+
     async def chunks() -> AsyncIterator[str]:
         name, created = f"cmpl-{uuid4().hex}", int(time.time())
         for number in range(body.max_tokens):
