@@ -78,18 +78,6 @@ class AttentionBackend(Protocol):
         """
         ...
 
-    def store_and_attend(
-        self,
-        heads: Tensor,
-        head_norm: HeadNorm | None,
-        rotary: Rotary,
-        kv_cache: Tensor,
-        slot_mapping: Tensor,
-        plan: Any,
-    ) -> Tensor:
-        """Both in turn, for [num_tokens, num_heads * head_dim]; a backend may do them at once."""
-        return self.attend(self.rotate_and_store(heads, head_norm, rotary, kv_cache, slot_mapping), kv_cache, plan)
-
     def attend(self, query: Tensor, kv_cache: Tensor, plan: Any) -> Tensor:
         """query: [num_tokens, num_heads, head_dim] -> [num_tokens, num_heads * head_dim]."""
         ...

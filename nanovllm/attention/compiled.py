@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from nanovllm.attention.base import AttentionBackend, AttentionInputs, AttentionSpec, HeadNorm, Rotary
+from nanovllm.attention.base import AttentionInputs, AttentionSpec, HeadNorm, Rotary
 
 
-class CompiledAttention(AttentionBackend):
+class CompiledAttention:
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.attention.base import AttentionBackend, AttentionInputs, AttentionSpec, HeadNorm, Rotary
+from nanovllm.attention.base import AttentionInputs, AttentionSpec, HeadNorm, Rotary
 from nanovllm.kernels.rotary import apply_rotary
 
 MAX_GATHERED_TOKENS = 16_384  # per group of decoding sequences: bounds the copy, and keeps it near the cache
@@ -48,7 +48,7 @@ class TorchPlan:
     chunks: list[PromptChunk] = field(default_factory=list)
 
 
-class TorchAttention(AttentionBackend):
+class TorchAttention:
     """Cache layout: [2 (key, value), num_kv_heads, num_blocks, block_size, head_dim]; a head's tokens are adjacent."""
 
     def __init__(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> None:

@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.attention.base import AttentionBackend, AttentionInputs, AttentionSpec, HeadNorm, Rotary
-from nanovllm.kernels.paged_attention import decode_kernel, prompt_kernel
+from nanovllm.attention.base import AttentionInputs, AttentionSpec, HeadNorm, Rotary
 from nanovllm.kernels.rotary import rotate_and_store
-from nanovllm.kernels.triton_language import TensorDescriptor, triton
+from nanovllm.kernels.triton_language import TensorDescriptor, gdc_launch_dependents, gdc_wait, tl, triton
 from nanovllm.kernels.upload import upload
 
 # Of a work item: first token, number of queries, table row, position of the first query, context begin and end, slot of
@@ -83,7 +82,7 @@ def plan_prompts(starts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, ro
     return np.stack(columns, axis=1)[np.argsort(-position - count, kind="stable")].astype(np.int32)
 
 
-class TritonAttention(AttentionBackend):
+class TritonAttention:
     def __init__(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.dtype, self.device = spec, dtype, device
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -114,24 +113,6 @@ class TritonAttention(AttentionBackend):
         prompts = plan_prompts(starts[many], lengths[many], tokens[many], rows[many], self.prompt_tile) if many.any() else empty
         return TritonPlan(inputs.block_tables, upload(decodes, self.device), upload(prompts, self.device))
 
-    def store_and_attend(
-        self,
-        heads: Tensor,
-        head_norm: HeadNorm | None,
-        rotary: Rotary,
-        kv_cache: Tensor,
-        slot_mapping: Tensor,
-        plan: TritonPlan,
-    ) -> Tensor:
-        """In a step without prompt chunks all of it is one kernel: a launch less, and the queries stay in registers."""
-        if len(plan.prompt_items) or not len(plan.decode_items):
-            query = self.rotate_and_store(heads, head_norm, rotary, kv_cache, slot_mapping)
-            return self.attend(query, kv_cache, plan)
-        out = heads.new_empty(len(heads), self.spec.num_heads, self.spec.head_dim)
-        self.reserve(len(plan.decode_items))
-        attend_decodes(heads, kv_cache, out, plan, self._arrivals, self.spec, (head_norm, rotary))
-        return out.flatten(1)
-
     def attend(self, query: Tensor, kv_cache: Tensor, plan: TritonPlan) -> Tensor:
         """query: [N, H, D] -> [N, H * D]."""
         out = torch.empty_like(query)
@@ -148,30 +129,14 @@ class TritonAttention(AttentionBackend):
             self._arrivals = torch.zeros(num_items, self.spec.num_kv_heads, dtype=torch.int32, device=self.device)
 
 
-def attend_decodes(
-    query: Tensor,
-    kv_cache: Tensor,
-    out: Tensor,
-    plan: TritonPlan,
-    arrivals: Tensor,
-    spec: AttentionSpec,
-    new: tuple[HeadNorm | None, Rotary] | None = None,
-) -> None:
-    """Tiles of one query each, padded to 16 rows for the matrix units. Tile sizes were measured on an H200.
-
-    With `new`, query is what the QKV product gave, [N, H + 2 K, D], and the kernel norms, turns and stores on its way.
-    """
+def attend_decodes(query: Tensor, kv_cache: Tensor, out: Tensor, plan: TritonPlan, arrivals: Tensor, spec: AttentionSpec) -> None:
+    """Tiles of one query each, padded to 16 rows for the matrix units. Tile sizes were measured on an H200."""
     use_pdl = len(query) <= 512 and query.is_cuda
     shape = len(plan.decode_items), spec.num_heads, spec.head_dim
     partial = torch.empty(shape, dtype=torch.float32, device=query.device)
     weight = torch.empty(shape[:2], dtype=torch.float32, device=query.device)  # log2 of the sum of exponentials
-    head_norm, (cos, signed_sin) = new if new is not None else (None, (query, query))
-    norm_weight, eps = head_norm if head_norm is not None else (query, 0.0)
-    decode_kernel[(len(plan.decode_items), spec.num_kv_heads)](
+    _decode_kernel[(len(plan.decode_items), spec.num_kv_heads)](
         query,
-        norm_weight,
-        cos,
-        signed_sin,
         kv_cache[0],
         kv_cache[1],
         out,
@@ -181,9 +146,7 @@ def attend_decodes(
         weight,
         arrivals,
         plan.block_tables.stride(0),
-        query.stride(0),
         spec.scale * LOG2_E,
-        eps,
         spec.num_heads,
         spec.num_kv_heads,
         spec.group_size,
@@ -192,8 +155,6 @@ def attend_decodes(
         spec.block_size,
         max(16, triton.next_power_of_2(spec.group_size)),
         32 if spec.head_dim > 128 or query.dtype == torch.float32 else 64,
-        new is not None,
-        head_norm is not None,
         use_pdl,
         num_warps=4,
         num_stages=2,
@@ -211,7 +172,7 @@ def attend_prompts(query: Tensor, kv_cache: Tensor, out: Tensor, plan: TritonPla
     if by_tma:
         lines = key.numel() // width
         descriptors = tuple(TensorDescriptor(part, [lines, width], [width, 1], [num_keys, width]) for part in (key, value))
-    prompt_kernel[(spec.num_kv_heads, len(plan.prompt_items))](
+    _prompt_kernel[(spec.num_kv_heads, len(plan.prompt_items))](
         query,
         key,
         value,
@@ -233,3 +194,138 @@ def attend_prompts(query: Tensor, kv_cache: Tensor, out: Tensor, plan: TritonPla
         num_warps=4,
         num_stages=3 if by_tma else 2,
     )
+
+
+# Items are part of a larger buffer in a captured step, and a tensor of their own in others: one kernel for both.
+@triton.jit(do_not_specialize_on_alignment=["item_ptr"])
+def _decode_kernel(
+    query_ptr, key_ptr, value_ptr, out_ptr, table_ptr, item_ptr, partial_ptr, weight_ptr, arrival_ptr, table_stride,
+    scale,
+    H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+    item_ptr += tl.program_id(0) * 9
+    kv_head = tl.program_id(1)
+    if tl.load(item_ptr + 1) == 0:
+        return
+    token, table_row = tl.load(item_ptr).to(tl.int64), tl.load(item_ptr + 2).to(tl.int64)
+    begin, end = tl.load(item_ptr + 4), tl.load(item_ptr + 5)
+    table_ptr += table_row * table_stride
+    if PDL:
+        gdc_wait()
+    head, column = tl.arange(0, M), tl.arange(0, BLOCK_D)
+    mask = (head < G)[:, None] & (column < D)[None, :]
+    place = ((token * H + kv_head * G + head) * D)[:, None] + column[None, :]  # in query and out
+    query = tl.load(query_ptr + place, mask, other=0.0)  # [M, D]
+    running_max = tl.full([M], float("-inf"), tl.float32)
+    running_sum = tl.zeros([M], tl.float32)
+    total = tl.zeros([M, BLOCK_D], tl.float32)
+    for first_key in range(begin, end, N):
+        position = first_key + tl.arange(0, N)
+        is_key = position < end
+        if PAGE % N == 0:  # the tile lies in one block: splits begin at multiples of MIN_SPLIT
+            block_id = tl.load(table_ptr + first_key // PAGE).to(tl.int64)
+        else:
+            block_id = tl.load(table_ptr + position // PAGE, is_key, other=0).to(tl.int64)
+        source = ((block_id * K + kv_head) * PAGE + position % PAGE) * D  # [N]
+        key = tl.load(key_ptr + source[None, :] + column[:, None], is_key[None, :] & (column < D)[:, None], other=0.0)
+        value = tl.load(value_ptr + source[:, None] + column[None, :], is_key[:, None] & (column < D)[None, :], other=0.0)
+        scores = tl.dot(query, key, input_precision="ieee") * scale  # [M, N]
+        scores = tl.where(is_key[None, :], scores, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, 1))
+        correction, weights = tl.exp2(running_max - new_max), tl.exp2(scores - new_max[:, None])
+        running_sum = running_sum * correction + tl.sum(weights, 1)
+        total = total * correction[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        running_max = new_max
+    result = total / running_sum[:, None]
+    slot = tl.load(item_ptr + 6).to(tl.int64)
+    if slot < 0:
+        tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask)
+        return
+    line = slot * H + kv_head * G + head
+    tl.store(partial_ptr + (line * D)[:, None] + column[None, :], result, mask)
+    tl.store(weight_ptr + line, running_max + tl.log2(running_sum), head < G)
+    # The last of the sequence's programs to arrive here combines their results.
+    first_slot, count = tl.load(item_ptr + 7).to(tl.int64), tl.load(item_ptr + 8)
+    tl.debug_barrier()
+    if tl.atomic_add(arrival_ptr + first_slot * K + kv_head, 1, sem="acq_rel") < count - 1:
+        return
+    tl.store(arrival_ptr + first_slot * K + kv_head, 0)
+    first_line = first_slot * H + kv_head * G
+    result = _combine(partial_ptr, weight_ptr, first_line, count, H, G, D, BLOCK_D, M)
+    tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _combine(
+    partial_ptr, weight_ptr, first_line, count,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """The mean of `count` partial results by their weights, which are logarithms to base 2: [M, BLOCK_D]."""
+    head, column = tl.arange(0, M), tl.arange(0, BLOCK_D)
+    mask = (head < G)[:, None] & (column < D)[None, :]
+    running_max = tl.full([M], float("-inf"), tl.float32)
+    running_sum = tl.zeros([M], tl.float32)
+    total = tl.zeros([M, BLOCK_D], tl.float32)
+    for number in range(count):
+        line = first_line + number * H + head
+        weight = tl.load(weight_ptr + line, head < G, other=0.0, cache_modifier=".cg")
+        part = tl.load(partial_ptr + (line * D)[:, None] + column[None, :], mask, other=0.0, cache_modifier=".cg")
+        new_max = tl.maximum(running_max, weight)
+        correction, share = tl.exp2(running_max - new_max), tl.exp2(weight - new_max)
+        total = total * correction[:, None] + share[:, None] * part
+        running_sum = running_sum * correction + share
+        running_max = new_max
+    return total / running_sum[:, None]
+
+
+@triton.jit(do_not_specialize_on_alignment=["item_ptr"])
+def _prompt_kernel(
+    query_ptr, key_ptr, value_ptr, key_descriptor, value_descriptor, out_ptr, table_ptr, item_ptr, table_stride, scale,
+    H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(0)
+    item_ptr += tl.program_id(1) * 9
+    num_queries = tl.load(item_ptr + 1)
+    if num_queries == 0:
+        return
+    token, table_row = tl.load(item_ptr).to(tl.int64), tl.load(item_ptr + 2).to(tl.int64)
+    first_position, end = tl.load(item_ptr + 3), tl.load(item_ptr + 5)
+    row, column = tl.arange(0, M), tl.arange(0, BLOCK_D)  # query row // G, head row % G
+    mask = (row < num_queries * G)[:, None] & (column < D)[None, :]
+    place = (((token + row // G) * H + kv_head * G + row % G) * D)[:, None] + column[None, :]  # in query and out
+    query = tl.load(query_ptr + place, mask, other=0.0)  # [M, D]
+    position = first_position + row // G  # [M]
+    running_max = tl.full([M], -1e30, tl.float32)
+    running_sum = tl.zeros([M], tl.float32)
+    total = tl.zeros([M, BLOCK_D], tl.float32)
+    table_ptr += table_row * table_stride
+    all_see = first_position // N * N  # keys before it are visible to every query of the tile
+    for stage in tl.static_range(2):
+        for first_key in range(0 if stage == 0 else all_see, all_see if stage == 0 else end, N):
+            key_position = first_key + tl.arange(0, N)
+            if TMA:  # the tile lies in one block
+                line = ((tl.load(table_ptr + first_key // PAGE) * K + kv_head) * PAGE + first_key % PAGE).to(tl.int32)
+                key = key_descriptor.load([line, 0]).T  # [D, N]
+                value = value_descriptor.load([line, 0])  # [N, D]
+            else:
+                is_key = key_position < end
+                block_id = tl.load(table_ptr + key_position // PAGE, is_key, other=0).to(tl.int64)
+                source = ((block_id * K + kv_head) * PAGE + key_position % PAGE) * D  # [N]
+                key_mask = is_key[None, :] & (column < D)[:, None]
+                key = tl.load(key_ptr + source[None, :] + column[:, None], key_mask, other=0.0)
+                value_mask = is_key[:, None] & (column < D)[None, :]
+                value = tl.load(value_ptr + source[:, None] + column[None, :], value_mask, other=0.0)
+            scores = tl.dot(query, key, input_precision="ieee")  # [M, N]
+            if stage == 1:
+                scores = tl.where(key_position[None, :] <= position[:, None], scores, float("-inf"))
+                value = tl.where((key_position < end)[:, None], value, 0.0)  # 0 * inf is not 0
+            new_max = tl.maximum(running_max, tl.max(scores, 1) * scale)
+            correction, weights = tl.exp2(running_max - new_max), tl.exp2(scores * scale - new_max[:, None])
+            running_sum = running_sum * correction + tl.sum(weights, 1)
+            total = tl.dot(weights.to(value.dtype), value, total * correction[:, None], input_precision="ieee")
+            running_max = new_max
+    tl.store(out_ptr + place, (total / running_sum[:, None]).to(out_ptr.dtype.element_ty), mask)

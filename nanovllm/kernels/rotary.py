@@ -94,8 +94,8 @@ def _rotate_and_store_kernel(
         a32, b32 = a32.to(a.dtype).to(tl.float32), b32.to(a.dtype).to(tl.float32)
     cos = tl.load(cos_ptr + token * 2 * HALF + pair, pair < HALF, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + token * 2 * HALF + HALF + pair, pair < HALF, other=0.0).to(tl.float32)
-    turned_a = tl.where(turns, tl.fma(b32, -sin, a32 * cos), a.to(tl.float32)).to(a.dtype)
-    turned_b = tl.where(turns, tl.fma(a32, sin, b32 * cos), b.to(tl.float32)).to(a.dtype)
+    turned_a = tl.where(turns, a32 * cos - b32 * sin, a.to(tl.float32)).to(a.dtype)
+    turned_b = tl.where(turns, b32 * cos + a32 * sin, b.to(tl.float32)).to(a.dtype)
     is_query = mask & (head < H)
     target = query_ptr + (token * H + head) * 2 * HALF + pair
     tl.store(target, turned_a, is_query)
@@ -107,25 +107,3 @@ def _rotate_and_store_kernel(
     is_kept = mask & (head >= H) & (slot >= 0)
     tl.store(cache_ptr + place + pair, turned_a, is_kept)
     tl.store(cache_ptr + place + HALF + pair, turned_b, is_kept)
-
-
-@triton.jit
-def turn(
-    heads_ptr, weight_ptr, cos_ptr, sin_ptr, head, is_head, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """Some heads of one token, normed and turned: [len(head), BLOCK_D]. The pointers are those of the token."""
-    column = tl.arange(0, BLOCK_D)
-    partner = (column + D // 2) % D  # the other half of each pair
-    mask = is_head[:, None] & (column < D)[None, :]
-    place, partner_place = head[:, None] * D + column[None, :], head[:, None] * D + partner[None, :]
-    x, y = tl.load(heads_ptr + place, mask, other=0.0), tl.load(heads_ptr + partner_place, mask, other=0.0)
-    x32, y32 = x.to(tl.float32), y.to(tl.float32)
-    if NORM:
-        scale = tl.rsqrt(tl.sum(x32 * x32, 1) / D + eps)[:, None]
-        x32 = (x32 * scale).to(x.dtype).to(tl.float32) * tl.load(weight_ptr + place, mask, other=0.0).to(tl.float32)
-        y32 = (y32 * scale).to(x.dtype).to(tl.float32) * tl.load(weight_ptr + partner_place, mask, other=0.0).to(tl.float32)
-        x32, y32 = x32.to(x.dtype).to(tl.float32), y32.to(x.dtype).to(tl.float32)
-    cos = tl.load(cos_ptr + column, column < D, other=0.0).to(tl.float32)[None, :]
-    signed_sin = tl.load(sin_ptr + column, column < D, other=0.0).to(tl.float32)[None, :]
-    return tl.fma(y32, tl.broadcast_to(signed_sin, y32.shape), x32 * cos).to(x.dtype)

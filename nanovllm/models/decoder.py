@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from nanovllm.attention.base import HeadNorm, Rotary
 from nanovllm.forward_context import ForwardContext
 from nanovllm.kernels.activation import silu_and_mul
 from nanovllm.kernels.one_token import can_fuse, norm_product, product_add, silu_product_add
@@ -46,16 +45,15 @@ class Attention(nn.Module):
 
     def attend(self, qkv: Tensor, context: ForwardContext) -> Tensor:
         """[N, (H + 2 K) * D] -> [N, H * D]."""
-        return context.backend.store_and_attend(*self._new_tokens(qkv, context), context.attention_plan)
+        query = self.remember(qkv, context)
+        return context.backend.attend(query, context.kv_caches[self.layer], context.attention_plan)
 
     def remember(self, qkv: Tensor, context: ForwardContext) -> Tensor:
         """Keys and values into the cache; returns the turned queries, [N, H, D]."""
-        return context.backend.rotate_and_store(*self._new_tokens(qkv, context))
-
-    def _new_tokens(self, qkv: Tensor, context: ForwardContext) -> tuple[Tensor, HeadNorm | None, Rotary, Tensor, Tensor]:
         heads = qkv.view(len(qkv), -1, self.head_dim)  # [N, H + 2 K, D]
         head_norm = self.qk_norm.as_head_norm() if self.qk_norm is not None else None
-        return heads, head_norm, context.rotary, context.kv_caches[self.layer], context.slot_mapping
+        kv_cache = context.kv_caches[self.layer]
+        return context.backend.rotate_and_store(heads, head_norm, context.rotary, kv_cache, context.slot_mapping)
 
 
 class FeedForward(nn.Module):

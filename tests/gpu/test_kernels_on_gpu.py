@@ -106,35 +106,6 @@ class TestAttention:
         torch.testing.assert_close(*queries, rtol=0, atol=2e-6)
         torch.testing.assert_close(caches[0].permute(0, 2, 1, 3, 4), caches[1], rtol=0, atol=2e-6)
 
-    @pytest.mark.parametrize("num_tokens", [1, 7, 200])
-    @pytest.mark.parametrize("has_norm", [True, False])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("shape", [(16, 8, 128), (9, 3, 64), (7, 1, 80), (32, 8, 96), (8, 2, 256)], ids=str)
-    def test_store_and_attend_of_decodes_equals_the_twin(self, device, shape, dtype, has_norm, num_tokens):
-        num_heads, num_kv_heads, head_dim = shape
-        spec, num_blocks = AttentionSpec(*shape, 64), num_tokens * 16
-        fast, slow = TritonAttention(spec, dtype, device), TorchAttention(spec, torch.float32, device)
-        starts = np.random.default_rng(0).integers(0, 1000, num_tokens)
-        starts[:4] = [0, 64, 63, 700][:num_tokens]  # the first token of all, of a block, the last of a block, several splits
-        tables = torch.randperm(num_blocks, device=device).int().view(num_tokens, 16)
-        blocks = tables.cpu().numpy()[np.arange(num_tokens), starts // 64]
-        slots = torch.from_numpy(blocks * np.int64(64) + starts % 64).to(device)
-        heads = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=device).to(dtype)
-        angles = torch.rand(num_tokens, 1, head_dim // 2, device=device) * 6
-        rotary = Rotary(torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1))
-        norm = HeadNorm(torch.rand(num_heads + num_kv_heads, head_dim, device=device).to(dtype), 1e-6) if has_norm else None
-        cache = torch.randn(fast.kv_cache_shape(num_blocks), device=device).to(dtype)
-        twin = cache.permute(0, 2, 1, 3, 4).contiguous().float()
-        inputs = AttentionInputs(starts.tolist(), [1] * num_tokens, list(range(num_tokens)), tables)
-        as_floats = heads.float(), HeadNorm(norm.weight.float(), norm.eps) if norm is not None else None
-        expected = slow.store_and_attend(*as_floats, rotary, twin, slots, slow.plan(inputs))
-        for _ in range(2):  # twice: the same key and value again, and the arrival counters must be left at zero
-            out = fast.store_and_attend(
-                heads, norm, Rotary(*(part.to(dtype) for part in rotary)), cache, slots, fast.plan(inputs)
-            )
-            assert error(out, expected) < 2 * TOLERANCE[dtype]
-        assert error(cache.permute(0, 2, 1, 3, 4), twin) < TOLERANCE[dtype]
-
 
 class TestElementwise:
     @pytest.mark.parametrize("size", [576, 1024, 3000, 12288])
