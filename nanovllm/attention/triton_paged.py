@@ -51,23 +51,15 @@ def plan_decodes(starts: np.ndarray, tokens: np.ndarray, rows: np.ndarray, max_e
     split = -(-split // MIN_SPLIT) * MIN_SPLIT
     num_splits = -(-context // split)
     first_slot = np.cumsum(num_splits) - num_splits
-    owner = np.repeat(np.arange(len(starts)), num_splits)  # item -> sequence
-    number = np.arange(len(owner)) - first_slot[owner]  # item -> which split of its sequence
-    begin = number * split
-    end = np.minimum(begin + split, context[owner])
-    slot = np.where(num_splits[owner] > 1, first_slot[owner] + number, -1)
-    columns = [
-        tokens[owner],
-        np.ones_like(owner),
-        rows[owner],
-        starts[owner],
-        begin,
-        end,
-        slot,
-        first_slot[owner],
-        num_splits[owner],
-    ]
-    return np.stack(columns, axis=1)[np.argsort(begin - end, kind="stable")].astype(np.int32)
+    items = np.empty((len(starts), ITEM_FIELDS), dtype=np.int32)  # of whole sequences first
+    for column, values in enumerate((tokens, 1, rows, starts, 0, context, -1, first_slot, num_splits)):
+        items[:, column] = values
+    items = np.repeat(items, num_splits, axis=0)
+    number = np.arange(len(items)) - items[:, 7]  # item -> which split of its sequence
+    items[:, 4] = begin = number * split
+    items[:, 5] = end = np.minimum(begin + split, items[:, 5])
+    items[:, 6] = np.where(items[:, 8] > 1, items[:, 7] + number, -1)
+    return items[np.argsort(begin - end, kind="stable")]
 
 
 def plan_prompts(starts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, rows: np.ndarray, tile: int) -> np.ndarray:

@@ -12,9 +12,12 @@ what a step computes is `ModelRunner.forward_step`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +43,7 @@ class StepTensors:
     needed_plan: TritonPlan | None  # of the tokens that draw, for the last layer; None where all do
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Bucket:
     """Sizes of a graph. A bucket for decoding has no prompt items and as many samples as tokens."""
 
@@ -53,6 +56,7 @@ class Bucket:
     def is_decode(self) -> bool:
         return self.num_prompt_items == 0
 
+    @cached_property
     def sections(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes of the buffer's parts, in order."""
         tokens, samples = self.num_tokens, self.num_samples
@@ -68,6 +72,37 @@ class Bucket:
             ("prompt_items", (self.num_prompt_items, ITEM_FIELDS)),
             ("needed_items", (0 if self.is_decode else self.num_decode_items, ITEM_FIELDS)),
         ]
+
+    @cached_property
+    def num_words(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.sections)
+
+    def split(self, buffer: Any) -> dict[str, Any]:
+        """The parts of a flat array or tensor of `num_words`, by name; views."""
+        parts, offset = {}, 0
+        for name, shape in self.sections:
+            size = math.prod(shape)
+            parts[name] = buffer[offset : offset + size].reshape(shape)
+            offset += size
+        return parts
+
+
+class Staging:
+    """Pinned host memory that steps are written to, a few places in turn: a copy may be under way while the next is filled."""
+
+    def __init__(self, num_words: int, num_places: int = 3) -> None:
+        self._buffers = [torch.empty(num_words, dtype=torch.int32, pin_memory=True) for _ in range(num_places)]
+        self._arrays = [buffer.numpy() for buffer in self._buffers]
+        self._copied = [torch.cuda.Event() for _ in range(num_places)]
+        self._next = 0
+
+    def send(self, fill: Callable[[np.ndarray], None], target: Tensor) -> None:
+        """`fill` a place as long as `target`, and start its copy."""
+        place, self._next = self._next, (self._next + 1) % len(self._buffers)
+        self._copied[place].synchronize()
+        fill(self._arrays[place][: len(target)])
+        target.copy_(self._buffers[place][: len(target)], non_blocking=True)
+        self._copied[place].record()
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
@@ -103,6 +138,8 @@ class CudaGraphs:
         self.decode_buckets = [Bucket(size, size, 0, size + extra) for size in decode_sizes(max_num_seqs)]
         self.mixed_buckets = [self._mixed_bucket(size, min(size, max_num_seqs), extra) for size in mixed_sizes(max_tokens)]
         self._buffers: dict[Bucket, Tensor] = {}
+        self._padding: dict[Bucket, np.ndarray] = {}
+        self._staging = Staging(max(bucket.num_words for bucket in [*self.decode_buckets, *self.mixed_buckets]))
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -129,7 +166,7 @@ class CudaGraphs:
         torch.cuda.synchronize(self.device)
 
     def run_padding(self, bucket: Bucket) -> None:
-        tensors = self._views(bucket, torch.from_numpy(self._empty(bucket)[0]).to(self.device))
+        tensors = self._views(bucket, torch.from_numpy(self._empty(bucket)).to(self.device))
         self.forward_step(tensors, torch.zeros(bucket.num_samples, dtype=torch.int64, device=self.device))
 
     def capture_all(self) -> None:
@@ -149,7 +186,7 @@ class CudaGraphs:
         logger.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.perf_counter() - started)
 
     def _capture(self, bucket: Bucket) -> None:
-        buffer = torch.from_numpy(self._empty(bucket)[0]).to(self.device)
+        buffer = torch.from_numpy(self._empty(bucket)).to(self.device)
         tensors = self._views(bucket, buffer)
         token_ids = torch.zeros(bucket.num_samples, dtype=torch.int64, device=self.device)
         self.forward_step(tensors, token_ids)  # compiles the kernels, and lets libraries allocate
@@ -160,25 +197,18 @@ class CudaGraphs:
         self._buffers[bucket] = buffer
         self._graphs[bucket] = graph, logits, token_ids
 
-    def _empty(self, bucket: Bucket) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """A host buffer of padding, and its parts by name."""
-        total = sum(int(np.prod(shape)) for _, shape in bucket.sections())
-        buffer = np.zeros(total, dtype=np.int32)
-        parts, offset = {}, 0
-        for name, shape in bucket.sections():
-            size = int(np.prod(shape))
-            parts[name] = buffer[offset : offset + size].reshape(shape)
-            offset += size
-        parts["token_rows"][:] = -1
-        parts["sample_rows"][:] = self.spare_row
-        return buffer, parts
+    def _empty(self, bucket: Bucket) -> np.ndarray:
+        """[num_words] int32: a step of nothing but padding. Not to be written to."""
+        if bucket not in self._padding:
+            buffer = np.zeros(bucket.num_words, dtype=np.int32)
+            parts = bucket.split(buffer)
+            parts["token_rows"][:] = -1
+            parts["sample_rows"][:] = self.spare_row
+            self._padding[bucket] = buffer
+        return self._padding[bucket]
 
     def _views(self, bucket: Bucket, buffer: Tensor) -> StepTensors:
-        parts, offset = {}, 0
-        for name, shape in bucket.sections():
-            size = int(np.prod(shape))
-            parts[name] = buffer[offset : offset + size].view(shape)
-            offset += size
+        parts = bucket.split(buffer)
         plan = TritonPlan(self.block_tables, parts.pop("decode_items"), parts.pop("prompt_items"))
         needed_items = parts.pop("needed_items")
         needed_plan = None if bucket.is_decode else TritonPlan(self.block_tables, needed_items, needed_items[:0])
@@ -195,11 +225,15 @@ class CudaGraphs:
         bucket = self._find(batch)
         if bucket is None:
             return None
-        host, parts = self._empty(bucket)
-        self._fill(parts, batch)
-        parts["inverse_temperature"][: len(keys)] = inverse_temperature.view(np.int32)
-        parts["keys"][: len(keys)] = keys
-        self._buffers[bucket].copy_(torch.from_numpy(host).pin_memory(), non_blocking=True)
+
+        def fill(words: np.ndarray) -> None:
+            words[:] = self._empty(bucket)
+            parts = bucket.split(words)
+            self._fill(parts, batch)
+            parts["inverse_temperature"][: len(keys)] = inverse_temperature.view(np.int32)
+            parts["keys"][: len(keys)] = keys
+
+        self._staging.send(fill, self._buffers[bucket])
         graph, logits, token_ids = self._graphs[bucket]
         graph.replay()
         return logits[: len(keys)], token_ids[: len(keys)]

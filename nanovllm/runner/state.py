@@ -41,8 +41,9 @@ class RowState:
             self._write(self.block_tables, np.array(list(entries)), np.array(list(entries.values()), dtype=np.int32))
 
     def _write(self, table: Tensor, places: np.ndarray, values: np.ndarray) -> None:
-        """`table.flat[places] = values`; the places differ."""
-        table.view(-1).index_copy_(0, upload(places, table.device), upload(values, table.device))
+        """`table.flat[places] = values`; the places differ. Both go up in one copy: pinning memory costs more than bytes."""
+        places_and_values = upload(np.stack([places, values]), table.device)  # int64
+        table.view(-1).index_copy_(0, places_and_values[0], places_and_values[1].int())
 
     def write_sampled(self, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
         """All [num_samples]: the drawn tokens become the inputs of the next step."""
