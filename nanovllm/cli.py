@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     replay = _add_command(commands, "replay", run_replay, "run the scheduler again on a flight record, and say where it differs")
     replay.add_argument("file", help="a flight record: of a crash, a stall, SIGUSR2, or POST /admin/flight_record")
     replay.add_argument("--policy", help="another scheduling policy than the recorded one")
+    replay.add_argument("--film", help="also write every step to this file, for the page /inspector")
     bench = commands.add_parser("bench", help="workloads, records, comparisons", description="Reproducible benchmarks.")
     add_bench_commands(bench, lambda parser: _add_fields(parser.add_argument_group("engine"), EngineConfig))
     simulate = _add_command(commands, "simulate", run_simulate, "predict latencies and throughput without a GPU")
@@ -263,10 +264,13 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 def run_replay(arguments: argparse.Namespace) -> int:
     """Exit status 1 when a decision differs."""
+    from nanovllm.observability.film import write_film
     from nanovllm.observability.replay import replay_file
 
     report = replay_file(arguments.file, arguments.policy)
     print(report)
+    if arguments.film is not None:
+        write_film(arguments.film, arguments.file, arguments.policy)
     return 0 if report.difference is None else 1
 
 

@@ -52,6 +52,7 @@ def build(config: EngineConfig) -> ServedEngine:
         memory_plan=built.memory_plan.describe(),
         config=dataclasses.asdict(built.config),
         pid=os.getpid(),
+        spec=dataclasses.asdict(built.spec),
     )
     return ServedEngine(built.engine, tokenizer, facts)
 

@@ -7,7 +7,7 @@ their fields, and `__post_init__` checks them again on arrival. `async_engine.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import msgspec
@@ -38,6 +38,7 @@ class EngineFacts:
     memory_plan: str  # a table for people
     config: dict[str, Any]  # the `EngineConfig`, every "auto" decided
     pid: int  # of the engine process
+    spec: dict[str, Any] = field(default_factory=dict)  # the `ModelSpec`
 
 
 class TokenizerMessage(msgspec.Struct):

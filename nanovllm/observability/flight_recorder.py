@@ -52,6 +52,8 @@ class FlightRecorder:
         self._older: Segment | None = None
         self._segment = Segment(keyframe_of(scheduler))
         self._limits = scheduler.limits
+        self._num_dropped = 0  # entries of segments that are gone
+        self.facts: dict[str, Any] = {}  # what a record says of model and device
 
     def on_event(self, event: Event) -> None:
         entries = self._segment.entries
@@ -64,13 +66,15 @@ class FlightRecorder:
             entries.append(("result", *event))
             self._segment.num_steps += 1
             if self._segment.num_steps >= self._num_steps:
+                self._num_dropped += len(self._older.entries) if self._older else 0
                 self._older, self._segment = self._segment, Segment(keyframe_of(self._scheduler))
         elif isinstance(event, RequestAdded):
             sequences: list[Sequence] = event.request.sequences
             self._live.update((sequence.seq_id, sequence) for sequence in sequences)
             entries.append(("add", event.time, event.request_id, [_birth_of(sequence) for sequence in sequences]))
         elif isinstance(event, SequenceAdmitted):
-            entries.append(("admit", event.time, event.seq_id, event.num_tokens, event.num_cached_tokens))
+            row = self._live[event.seq_id].row if event.seq_id in self._live else -1
+            entries.append(("admit", event.time, event.seq_id, event.num_tokens, event.num_cached_tokens, row))
         elif isinstance(event, SequencePreempted):
             entries.append(("preempt", event.time, event.seq_id, event.num_tokens))
         elif isinstance(event, SequenceFinished):
@@ -87,6 +91,12 @@ class FlightRecorder:
                 place -= 1
             entries.insert(place, ("limits", dataclasses.asdict(self._limits)))
 
+    def since(self, cursor: int | None) -> tuple[int, list[tuple]]:
+        """Entries that came after `cursor` and are still there, and the cursor of the next call. None: no entries."""
+        entries = [*(self._older.entries if self._older else ()), *self._segment.entries]
+        end = self._num_dropped + len(entries)
+        return end, [] if cursor is None else entries[max(0, cursor - self._num_dropped) :]
+
     # --- the file
 
     def describe(self) -> dict[str, Any]:
@@ -100,6 +110,7 @@ class FlightRecorder:
             "version": VERSION,
             "written": time.time(),
             "pid": os.getpid(),
+            "facts": self.facts,
             "policy": next((name for name, kind in POLICIES.items() if type(scheduler.policy) is kind), None),
             "num_rows": scheduler._num_rows,
             "num_blocks": scheduler.block_manager.num_blocks,

@@ -21,6 +21,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import RequestError
 from nanovllm.log import logger
 from nanovllm.observability.chrome_trace import ChromeTrace
+from nanovllm.observability.film import news
 from nanovllm.observability.flight_recorder import FlightRecorder
 from nanovllm.observability.lifecycle import LifecycleFile
 from nanovllm.observability.options import ObservabilityOptions
@@ -62,13 +63,16 @@ class Observer:
 
     def dump(self, reason: str) -> str | None:
         """The path of a flight record; None when it could not be written, which is logged."""
-        if self.recorder is None:
-            raise RequestError("there is no flight recorder: start with flight_recorder_steps above 0")
         try:
-            return self.recorder.dump(reason)
+            return self.need_recorder().dump(reason)
         except OSError:
             logger.exception("the flight record could not be written")
             return None
+
+    def need_recorder(self) -> FlightRecorder:
+        if self.recorder is None:
+            raise RequestError("there is no flight recorder: start with flight_recorder_steps above 0")
+        return self.recorder
 
     def __enter__(self) -> Observer:
         return self
@@ -104,6 +108,9 @@ def build(config: EngineConfig, inner: str, options: dict[str, Any], model: str 
     observability = ObservabilityOptions(**options)
     served: ServedEngine = getattr(importlib.import_module(module), name)(config)
     observer = observe(served.engine, observability, model or served.facts.model or "model", joins=True)
+    if observer.recorder is not None:
+        facts = served.facts
+        observer.recorder.facts = {"model": model, "device": facts.device, "dtype": facts.dtype, "spec": facts.spec}
     if observability.flight_recorder_steps and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR2, lambda number, frame: _on_signal(observer, number, frame))
 
@@ -114,7 +121,10 @@ def build(config: EngineConfig, inner: str, options: dict[str, Any], model: str 
     def flight_record(frontend: int) -> str | None:
         return observer.dump("asked for")
 
-    calls = {"note_request": note_request, "flight_record": flight_record}
+    def inspector(frontend: int, after: int | None) -> dict[str, Any]:
+        return news(observer.need_recorder(), served.engine.scheduler, after)
+
+    calls = {"note_request": note_request, "flight_record": flight_record, "inspector": inspector}
     return ServedEngine(served.engine, served.tokenizer, served.facts, calls, observer.close)
 
 

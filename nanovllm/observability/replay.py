@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -27,6 +27,7 @@ from nanovllm.errors import ConfigError
 from nanovllm.observability.flight_recorder import VERSION
 from nanovllm.sampling_params import SamplingParams
 
+R = TypeVar("R", bound="Replay")
 COLUMNS = ("rows", "starts", "lengths", "sampled")
 
 
@@ -57,16 +58,29 @@ class ReplayReport:
 
 def replay_file(path: str, policy: str | None = None) -> ReplayReport:
     """`policy`: another scheduling policy than the recorded one, to see where it would have decided otherwise."""
+    return run_record(read_record(path), path, policy)[1]
+
+
+def read_record(path: str) -> bytes:
     try:
-        record = msgspec.json.decode(Path(path).read_bytes())
-    except (OSError, msgspec.DecodeError) as error:
+        return Path(path).read_bytes()
+    except OSError as error:
         raise ConfigError(f"{path} is not a flight record: {error}") from error
-    if not isinstance(record, dict) or record.get("version") != VERSION:
-        raise ConfigError(f"{path} is not a flight record of version {VERSION}")
+
+
+def run_record(payload: bytes, name: str, policy: str | None = None, kind: type[R] | None = None) -> tuple[R, ReplayReport]:
+    """Replay the bytes of a record to its end, as a `kind` of `Replay`. `name`: of the record, in errors (`ConfigError`)."""
     try:
-        return Replay(record, policy).run()
+        record = msgspec.json.decode(payload)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{name} is not a flight record: {error}") from error
+    if not isinstance(record, dict) or record.get("version") != VERSION:
+        raise ConfigError(f"{name} is not a flight record of version {VERSION}")
+    try:
+        replay = (kind or Replay)(record, policy)
+        return replay, replay.run()  # type: ignore[return-value]  # a Replay when no kind is asked for
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged: {error!r}") from error
+        raise ConfigError(f"{name} is damaged: {error!r}") from error
 
 
 class Replay:

@@ -6,8 +6,10 @@ several front ends, what is changed here reaches all of them: through the engine
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,12 +18,16 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from nanovllm.child_process import child_command
 from nanovllm.errors import ConfigError, RequestError
+from nanovllm.observability.film import add_costs, hardware
+from nanovllm.server.body import read_body
 from nanovllm.server.context import LIVE_LIMITS
 from nanovllm.server.errors import BadField, HttpError
 from nanovllm.server.respond import json_response
 
 MAX_PROFILE_S = 60.0
+MAX_FILM_S = 30.0
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -86,13 +92,61 @@ async def profile(request: Request) -> Response:
 
 async def flight_record(request: Request) -> Response:
     """The last steps and requests, as a file for `nanovllm replay`. It stays on the server, too."""
-    try:
-        path = await request.app.state.server.engine.call("flight_record")
-    except RequestError as error:
-        raise HttpError(404, str(error), code="no_flight_recorder") from error
+    return FileResponse(await _write_record(request), media_type="application/json", filename="flight-record.json")
+
+
+async def _write_record(request: Request) -> str:
+    path = await _ask_recorder(request, "flight_record")
     if path is None:
         raise HttpError(500, "the flight record could not be written; the reason is in the server's log")
-    return FileResponse(path, media_type="application/json", filename="flight-record.json")
+    return path
+
+
+async def _ask_recorder(request: Request, name: str, **arguments: Any) -> Any:
+    try:
+        return await request.app.state.server.engine.call(name, **arguments)
+    except RequestError as error:
+        raise HttpError(404, str(error), code="no_flight_recorder") from error
+
+
+async def inspector(request: Request) -> Response:
+    """For the page /inspector: the state, and what happened since `?after=`, the `cursor` of an earlier answer."""
+    server = request.app.state.server
+    after, facts = request.query_params.get("after"), server.engine.facts
+    if after is not None and not (after.isascii() and after.isdigit() and len(after) <= 15):
+        raise BadField("after", f"after={after[:32]!r} must be the cursor of an earlier answer")
+    news = await _ask_recorder(request, "inspector", after=None if after is None else int(after))
+    news["entries"] = add_costs(news["entries"], facts.spec, facts.dtype)
+    if after is None:
+        sizes = {"num_blocks": facts.num_kv_blocks, "block_size": facts.block_size, "num_rows": facts.max_num_seqs}
+        news["facts"] = {
+            "model": server.model_name,
+            "device": facts.device,
+            "dtype": facts.dtype,
+            **sizes,
+            "hardware": hardware(),
+        }
+    return json_response({**news, "door": server.admission.num_waiting})
+
+
+async def film(request: Request) -> Response:
+    """A flight record step by step, for the same page: of the body or, without one, of what this engine has just done."""
+    record = await read_body(request, request.app.state.server.options)
+    if not record:
+        record = await asyncio.to_thread(Path(await _write_record(request)).read_bytes)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(*child_command("nanovllm.observability.film"), **pipes)
+    try:
+        made, reason = await asyncio.wait_for(process.communicate(record), MAX_FILM_S)
+    except asyncio.TimeoutError:
+        raise BadField(None, f"the film was not ready after {MAX_FILM_S:g} s: the record is too long") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        raise BadField(None, reason.decode(errors="replace")[-500:] or "the record is too long to be shown")
+    return Response(made, media_type="application/json")
 
 
 async def inspect(request: Request) -> Response:
@@ -122,4 +176,6 @@ routes: list[Any] = [
     _route("/admin/profile", profile, "POST"),
     _route("/admin/inspect", inspect, "GET"),
     _route("/admin/flight_record", flight_record, "POST"),
+    _route("/admin/inspector", inspector, "GET"),
+    _route("/admin/inspector/film", film, "POST"),
 ]

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import browser
 import pytest
+from browser import complaints, needs_chromium, open_chrome
 from page_server import PageServer
+from selenium.webdriver import Chrome, Keys
+from selenium.webdriver.common.by import By
 
-selenium = pytest.importorskip("selenium")
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed")
-
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",  # nothing but this machine is to be reached
-    "--disable-component-update",
-    "--disable-sync",
-    "--lang=en-US",
-    "--window-size=1200,800",
-]
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -41,34 +26,16 @@ def server() -> Iterator[PageServer]:
 
 @pytest.fixture(scope="module")
 def chrome(tmp_path_factory) -> Iterator[Chrome]:
-    options = ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = Chrome(options=options, service=ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with open_chrome(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
-class Page:
-    """What a person does with the page."""
+class Page(browser.Page):
+    """What a person does with the chat page."""
 
     def __init__(self, chrome: Chrome, server: PageServer | SimpleNamespace) -> None:
-        self.chrome, self.server = chrome, server
-        chrome.get(server.url)
-
-    def find(self, selector: str):
-        return self.chrome.find_element(By.CSS_SELECTOR, selector)
-
-    def all(self, selector: str) -> list:
-        return self.chrome.find_elements(By.CSS_SELECTOR, selector)
-
-    def texts(self, selector: str) -> list[str]:
-        return [node.text for node in self.all(selector)]
-
-    def click(self, selector: str) -> None:
-        self.find(selector).click()
+        self.server = server
+        super().__init__(chrome, server.url)
 
     def send(self, text: str, wait: bool = True) -> None:
         self.find("#message").send_keys(text, Keys.ENTER)
@@ -77,12 +44,6 @@ class Page:
 
     def is_busy(self) -> bool:
         return self.find("#stop").is_displayed()
-
-    def wait(self, condition: Callable[[], object]) -> None:
-        end = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < end, "the page did not get there"
-            time.sleep(0.02)
 
 
 @pytest.fixture
@@ -93,8 +54,7 @@ def page(chrome: Chrome, server: PageServer) -> Iterator[Page]:
     chrome.get_log("browser")
     server.requests.clear()
     yield Page(chrome, server)
-    complaints = [entry["message"] for entry in chrome.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
-    assert not [text for text in complaints if "Content Security" in text or "Uncaught" in text or "TypeError" in text]
+    assert not complaints(chrome)
 
 
 def test_a_question_is_answered_with_counts_and_times(page):

@@ -1,4 +1,4 @@
-"""The files of the chat page over HTTP: types, headers, caching, and what they may contain."""
+"""The files of the chat page and the inspector over HTTP: types, headers, caching, and what they may contain."""
 
 from __future__ import annotations
 
@@ -34,9 +34,11 @@ def test_every_file_is_served_with_strict_headers(url, path):
     refusal.value.close()
 
 
-def test_the_page_has_nothing_inline_and_nothing_from_elsewhere():
+@pytest.mark.parametrize("name", ["chat", "inspector"])
+def test_a_page_has_nothing_inline_and_nothing_from_elsewhere(name):
     folder = page.resources.files(page.__name__)
-    html, script, style = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("chat.html", "chat.js", "chat.css"))
+    html, script, style = (folder.joinpath(f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("html", "js", "css"))
+    script = script.replace('"http://www.w3.org/2000/svg"', "")  # the name of a namespace, which nobody fetches
     assert not re.search(r"<script(?! src=)|<style|\son\w+=|\sstyle=", html)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", script)
     for text in (html, script, style):

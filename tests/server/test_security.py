@@ -15,6 +15,7 @@ from server_frame import ROUTES, RunRequest, read_all, serving
 
 import nanovllm
 from nanovllm.errors import ConfigError
+from nanovllm.server import admin
 from nanovllm.server.app import create_app
 from nanovllm.server.auth import Key, Keyring, _digest
 from nanovllm.server.body import parse
@@ -51,7 +52,10 @@ def status_of(answer: bytes) -> int:
 # --- authentication
 
 
-@pytest.mark.parametrize("path", ["/run", "/metrics", "/load", "/version", "/embed", "/admin/inspect", "/nowhere", "/docs"])
+@pytest.mark.parametrize(
+    "path",
+    ["/run", "/metrics", "/load", "/version", "/embed", "/admin/inspect", "/admin/inspector", "/nowhere", "/docs", "/inspector/"],
+)
 def test_every_route_but_the_probes_asks_for_a_key(frame, path):
     for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE"):
         assert frame.request(method, path).status == 401
@@ -151,9 +155,7 @@ def test_no_header_changes_the_path_that_is_judged(frame, name, host):
     assert status_of(answer) in (400, 401)
 
 
-@pytest.mark.parametrize(
-    "path", ["/admin/drain", "/admin/limits", "/admin/inspect", "/admin/profile", "/admin/reset_prefix_cache"]
-)
+@pytest.mark.parametrize("path", [route.path for route in admin.routes])
 def test_admin_routes_want_an_admin_key(frame, path):
     for method in ("GET", "POST"):
         assert frame.request(method, path, headers={"X-Api-Key": USER}).status == 403

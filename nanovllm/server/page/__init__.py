@@ -1,8 +1,9 @@
-"""The chat page at `/`: four small files, served from memory. No build step, nothing from other hosts.
+"""The chat page at `/` and the inspector at `/inspector`: small files, served from memory. No build step, no other hosts.
 
-The page talks to `/v1/chat/completions` like any client and keeps its API key in the tab's session storage. Its content
-security policy allows our own script and style sheet and nothing else: no inline script, no frames, and no HTML made
-from strings (`trusted-types`), so that what a model writes can only become text.
+The chat page talks to `/v1/chat/completions` like any client, the inspector to `/admin/inspector`; each keeps its key in the
+tab's session storage, and without one the files tell nothing of the server. Their content security policy allows our own
+scripts and style sheets and nothing else: no inline script, no frames, and no HTML made from strings (`trusted-types`), so
+that what a model or a client writes can only become text.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ FILES = {  # path -> (file, content type)
     "/": ("chat.html", "text/html; charset=utf-8"),
     "/page/chat.css": ("chat.css", "text/css; charset=utf-8"),
     "/page/chat.js": ("chat.js", "text/javascript; charset=utf-8"),
+    "/inspector": ("inspector.html", "text/html; charset=utf-8"),
+    "/page/inspector.css": ("inspector.css", "text/css; charset=utf-8"),
+    "/page/inspector.js": ("inspector.js", "text/javascript; charset=utf-8"),
     "/page/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 CONTENT_SECURITY_POLICY = "; ".join(

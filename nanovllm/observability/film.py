@@ -1,0 +1,208 @@
+"""Film: what the inspector page shows, from a running engine or from a flight record.
+
+A film is frames. A frame is the flight recorder's entries since the frame before it, and the state after them: who runs, who
+waits and why, which blocks are held. A running engine makes one frame whenever somebody asks (`news`) and none when nobody
+does: it needs no listener besides the recorder. A record becomes one frame per step (`film_of`): the real scheduler decides
+everything again, so that the blocks of each step are known although no record holds them. Never a prompt or a token id.
+
+`main` makes a film in a process of its own, within limits, because a record may come from anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.errors import ConfigError
+from nanovllm.model_spec import ModelSpec
+from nanovllm.observability.flight_recorder import FlightRecorder, _birth_of, _siblings
+from nanovllm.observability.replay import Replay, ReplayReport, read_record, run_record
+from nanovllm.simulation.cost import CostModel
+from nanovllm.simulation.hardware import PROFILES
+
+MAX_ENTRIES = 4000  # of one answer to a page
+MAX_BLOCKS = 1 << 15  # shown on the map
+MAX_WAITING = 100  # shown one by one; all are counted
+CODES = "0123456789abcdefghijklmnopqrstuvwxyz"  # of a block: 2 * tables that hold it, + 1 when a prefix search finds it
+CPU_SECONDS, MEMORY_BYTES = 60, 4 << 30  # of the process that makes a film
+
+
+# --- the state between two steps
+
+
+def snapshot(scheduler: Scheduler) -> dict[str, Any]:
+    """Plain data: `running` is [seq_id, row, tokens, computed, preemptions, block table], `waiting` [seq_id, reason]."""
+    blocks, queue = scheduler.block_manager, list(_waiting(scheduler))
+    return {
+        "limits": dataclasses.asdict(scheduler.limits),
+        "blocks": "".join([_code(block) for block in islice(blocks._blocks, MAX_BLOCKS)]),
+        "free": blocks.num_free_blocks,
+        "evictions": blocks.stats.num_evictions,
+        "queried": blocks.stats.num_queried_tokens,
+        "hit": blocks.stats.num_hit_tokens,
+        "running": [
+            [one.seq_id, one.row, one.num_tokens, one.num_computed_tokens, one.num_preemptions, list(one.block_table)]
+            for one in scheduler.running
+        ],
+        "waiting": [[one.seq_id, reason] for one, reason in queue[:MAX_WAITING]],
+        "reasons": Counter(reason for _, reason in queue),
+    }
+
+
+def _code(block: Any) -> str:
+    return CODES[2 * min(block.ref_count, 17) + (block.block_hash is not None)]
+
+
+def _waiting(scheduler: Scheduler) -> Any:
+    """(sequence, why it does not run): nobody overtakes the head of the queue, so only the head has a reason of its own."""
+    limits, running = scheduler.limits, len(scheduler.running)
+    for place, sequence in enumerate(scheduler.waiting):
+        if place:
+            reason = "behind"
+        elif sequence.num_pending_tokens:
+            reason = "token"  # preempted while a token of it is in flight
+        elif not scheduler._free_rows or running >= min(limits.max_num_seqs, limits.max_num_batched_tokens):
+            reason = "rows"
+        else:
+            reason = "blocks" if scheduler._is_known_to_wait(sequence) else "next"  # has just come, or the budget was used up
+        yield sequence, reason
+    for sequence in _siblings(scheduler):
+        yield sequence, "sibling"
+
+
+def prelude(scheduler: Scheduler) -> list[tuple]:
+    """Entries that introduce those who are there already."""
+    entries: list[tuple] = []
+    for one in [*scheduler.running, *scheduler.waiting, *_siblings(scheduler)]:
+        entries.append(("add", one.arrival_time, one.request_id, [_birth_of(one)]))
+        if one.first_scheduled_time is not None:
+            entries.append(("admit", one.first_scheduled_time, one.seq_id, one.num_tokens, one.num_cached_tokens, one.row))
+    return entries
+
+
+# --- of a running engine
+
+
+def news(recorder: FlightRecorder, scheduler: Scheduler, after: int | None) -> dict[str, Any]:
+    """One frame, and a `cursor` to ask for the next one with. `after` None: a first frame."""
+    cursor, entries = recorder.since(after)
+    entries = prelude(scheduler) if after is None else entries[-MAX_ENTRIES:]
+    return {"cursor": cursor, "entries": [_without_hashes(entry) for entry in entries], "state": snapshot(scheduler)}
+
+
+def _without_hashes(entry: Any) -> Any:
+    return entry[:5] if entry[0] == "finish" else entry
+
+
+def add_costs(entries: list[Any], spec: dict[str, Any], dtype: str) -> list[Any]:
+    """Each step also with the bytes and operations that it takes at least, by the cost model. `spec` {}: as they are.
+
+    Weights and cache count 16 bits a value, or 32 for a `dtype` of float32; packed weights are not known here.
+    """
+    if not spec:
+        return entries
+    model = CostModel(msgspec.convert(spec, ModelSpec), PROFILES["cpu"], use_graphs=False)
+    size = 2 if dtype == "float32" else 1
+    return [_with_cost(entry, model, size) if entry[0] == "step" else entry for entry in entries]
+
+
+def _with_cost(entry: Any, model: CostModel, size: int) -> Any:
+    cost = model.step(ScheduledBatch(*entry[2:7]))
+    return [*entry, cost.num_bytes * size, cost.num_operations]
+
+
+def hardware() -> dict[str, tuple[float, float]]:
+    """Name -> (bytes per second, operations per second) of the data sheet."""
+    return {name: (profile.bandwidth, profile.flops) for name, profile in PROFILES.items()}
+
+
+# --- of a flight record
+
+
+class Camera(Replay):
+    """A replay that takes a frame after every step is scheduled."""
+
+    def __init__(self, record: dict[str, Any], policy: str | None = None) -> None:
+        super().__init__(record, policy)
+        self._contents: list[int] = []
+        self._codes: str | None = None
+        self._tables: dict[int, list[int]] = {}
+        self._entries, self._place = record["entries"], 0
+        self.frames = [{"entries": prelude(self.scheduler), "state": self._changes()}]
+
+    def run(self) -> ReplayReport:
+        report = super().run()
+        if report.difference is None and self._place < len(self._entries):
+            self._shoot(len(self._entries))  # what came after the last step
+        return report
+
+    def _compare_step(self, entry: list[Any], expected: list[tuple]) -> Any:
+        difference = super()._compare_step(entry, expected)
+        if difference is None:
+            place = self._place
+            while self._entries[place][0] != "step":
+                place += 1
+            self._shoot(place + 1)
+        return difference
+
+    def _shoot(self, end: int) -> None:
+        entries = [_without_hashes(entry) for entry in self._entries[self._place : end]]
+        self._place = end
+        self.frames.append({"entries": entries, "state": self._changes()})
+
+    def _changes(self) -> dict[str, Any]:
+        """A snapshot, but after the first one only what is new of blocks and block tables; and which content was lost."""
+        state = snapshot(self.scheduler)
+        codes, contents = state["blocks"], [block.content_id for block in self.scheduler.block_manager._blocks]
+        state["evicted"] = [place for place, (old, new) in enumerate(zip(self._contents, contents)) if old and old != new]
+        if self._codes is not None:
+            del state["blocks"]
+            state["changed"] = [[place, new] for place, (old, new) in enumerate(zip(self._codes, codes)) if old != new]
+        tables = {one[0]: one[5] for one in state["running"]}
+        state["running"] = [one[:5] if self._tables.get(one[0]) == one[5] else one for one in state["running"]]
+        self._codes, self._contents, self._tables = codes, contents, tables
+        return state
+
+
+def film_of(payload: bytes, name: str = "the file", policy: str | None = None) -> dict[str, Any]:
+    """All frames of a flight record, up to the first step that the scheduler now decides otherwise. Raises `ConfigError`."""
+    camera, report = run_record(payload, name, policy, Camera)
+    record = camera.record
+    facts = {**record.get("facts", {}), **{key: record[key] for key in ("num_blocks", "block_size", "num_rows", "policy")}}
+    try:
+        for frame in camera.frames:
+            frame["entries"] = add_costs(frame["entries"], facts.get("spec", {}), facts.get("dtype", ""))
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{name} is damaged: {error}") from error
+    return {"film": 1, "report": str(report), "facts": {**facts, "hardware": hardware()}, "frames": camera.frames}
+
+
+def write_film(path: str, record: str, policy: str | None = None) -> None:
+    """The film of the flight record in the file `record`, into the file `path`."""
+    made = msgspec.json.encode(film_of(read_record(record), record, policy))
+    try:
+        Path(path).write_bytes(made)
+    except OSError as error:
+        raise ConfigError(f"film={path!r} cannot be written: {error}") from error
+
+
+def main() -> int:
+    """A flight record on standard input, its film on standard output; or the reason why not, and status 1."""
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    try:
+        film = msgspec.json.encode(film_of(sys.stdin.buffer.read()))
+    except (ConfigError, MemoryError) as error:
+        sys.stderr.write(str(error) or "the record is too large")
+        return 1
+    sys.stdout.buffer.write(film)
+    return 0
