@@ -14,7 +14,6 @@ import dataclasses
 import resource
 import sys
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ MAX_ENTRIES = 4000  # of one answer to a page
 MAX_BLOCKS = 1 << 15  # shown on the map
 MAX_WAITING = 100  # shown one by one; all are counted
 CODES = "0123456789abcdefghijklmnopqrstuvwxyz"  # of a block: 2 * tables that hold it, + 1 when a prefix search finds it
+CODES += "yz" * (1 << 14)  # 17 tables, or more
+STRIDE = 128  # blocks that are compared at once
 CPU_SECONDS, MEMORY_BYTES = 60, 4 << 30  # of the process that makes a film
 
 
@@ -44,7 +45,7 @@ def snapshot(scheduler: Scheduler) -> dict[str, Any]:
     blocks, queue = scheduler.block_manager, list(_waiting(scheduler))
     return {
         "limits": dataclasses.asdict(scheduler.limits),
-        "blocks": "".join([_code(block) for block in islice(blocks._blocks, MAX_BLOCKS)]),
+        "blocks": "".join([CODES[2 * one.ref_count + (one.block_hash is not None)] for one in blocks._blocks[:MAX_BLOCKS]]),
         "free": blocks.num_free_blocks,
         "evictions": blocks.stats.num_evictions,
         "queried": blocks.stats.num_queried_tokens,
@@ -56,10 +57,6 @@ def snapshot(scheduler: Scheduler) -> dict[str, Any]:
         "waiting": [[one.seq_id, reason] for one, reason in queue[:MAX_WAITING]],
         "reasons": Counter(reason for _, reason in queue),
     }
-
-
-def _code(block: Any) -> str:
-    return CODES[2 * min(block.ref_count, 17) + (block.block_hash is not None)]
 
 
 def _waiting(scheduler: Scheduler) -> Any:
@@ -163,14 +160,20 @@ class Camera(Replay):
         """A snapshot, but after the first one only what is new of blocks and block tables; and which content was lost."""
         state = snapshot(self.scheduler)
         codes, contents = state["blocks"], [block.content_id for block in self.scheduler.block_manager._blocks]
-        state["evicted"] = [place for place, (old, new) in enumerate(zip(self._contents, contents)) if old and old != new]
+        state["evicted"] = [place for place in _differences(self._contents, contents) if self._contents[place]]
         if self._codes is not None:
             del state["blocks"]
-            state["changed"] = [[place, new] for place, (old, new) in enumerate(zip(self._codes, codes)) if old != new]
+            state["changed"] = [[place, codes[place]] for place in _differences(self._codes, codes)]
         tables = {one[0]: one[5] for one in state["running"]}
         state["running"] = [one[:5] if self._tables.get(one[0]) == one[5] else one for one in state["running"]]
         self._codes, self._contents, self._tables = codes, contents, tables
         return state
+
+
+def _differences(old: Any, new: Any) -> list[int]:
+    """Places where two lists or strings differ; most of a cache does not change in a step."""
+    starts = [start for start in range(0, len(old), STRIDE) if old[start : start + STRIDE] != new[start : start + STRIDE]]
+    return [place for start in starts for place in range(start, min(start + STRIDE, len(old))) if old[place] != new[place]]
 
 
 def film_of(payload: bytes, name: str = "the file", policy: str | None = None) -> dict[str, Any]:

@@ -154,6 +154,34 @@ def test_the_record_of_the_lecture_shows_what_the_lecture_says():
 
 
 @pytest.mark.parametrize(
+    ("step", "lengths", "reasons", "num_holders"),
+    [  # what docs/inspector.md says of the steps
+        (10, [1], {}, []),
+        (20, [1, 95], {}, []),
+        (22, [1, 95], {}, []),
+        (55, [1, 1, 5, 5], {}, [3] * 5),
+        (80, [1, 1, 1, 4], {"sibling": 2}, [4] * 5),
+        (81, [1] * 6, {}, [6] * 5),
+        (111, [17, 17, 17, 17, 17, 11], {"rows": 1}, [6] * 5),
+        (176, [1] * 5, {"next": 1, "behind": 1}, [5] * 5),
+        (177, [1] * 5, {"blocks": 1, "behind": 1}, [5] * 5),
+        (207, [1] * 4, {"next": 1, "behind": 2}, [4] * 5),
+        (221, [65, 31], {"next": 1}, [2] * 5),
+    ],
+)
+def test_the_steps_of_the_lecture_are_as_told(step, lengths, reasons, num_holders):
+    film = film_of(LECTURE.read_bytes())
+    (place,) = [i for i, frame in enumerate(film["frames"]) for one in frame["entries"] if one[0] == "step" and one[2] == step]
+    (entry,) = [one for one in film["frames"][place]["entries"] if one[0] == "step"]
+    state = unrolled(film)[place]
+    counts = [int(code, 36) // 2 for code in state["blocks"]]
+    assert entry[5] == lengths and dict(state["reasons"]) == reasons and [one for one in counts if one > 1] == num_holders
+    admitted = [tuple(one[2:5]) for one in film["frames"][place]["entries"] if one[0] == "admit"]
+    assert step != 221 or admitted == [(12, 193, 128), (13, 161, 80)]
+    assert step != 111 or len(state["evicted"]) == 8
+
+
+@pytest.mark.parametrize(
     ("damage", "error"),
     [
         (lambda record: record.update(version=9), "version"),

@@ -258,10 +258,12 @@ class TestPage:
         codes = lecture.script("return [...film.frames[film.place].state.codes]")
         shared = [place for place, code in enumerate(codes) if code >= 4]
         assert len(shared) == 5 and {codes[place] // 2 for place in shared} == {6}
-        assert "shared: number of holders 5" in lecture.texts("#legend span")
+        assert "shared, with its number of holders: 5" in lecture.texts("#legend span")
         where = f"[({shared[0]} % grid.columns + 0.5) * grid.size, (Math.floor({shared[0]} / grid.columns) + 0.5) * grid.size]"
         lecture.script(f"const [x, y] = {where}; tellBlock({{offsetX: x, offsetY: y}})")
-        assert lecture.find("#block").text == f"block {shared[0]}: shared: number of holders; in the table of " + ", ".join(
+        assert lecture.find(
+            "#block"
+        ).text == f"block {shared[0]}: shared, with its number of holders; in the table of " + ", ".join(
             f"#{number}" for number in range(8, 14)
         )
         lecture.click("#batch tr:first-child button")

@@ -18,7 +18,7 @@ const TEXT = {  // name: [English, Chinese]
   why_behind: ["behind the first: nobody overtakes", "排在队首之后：不能超车"], why_token: ["a token of it is in flight", "有一个词元在途"], why_sibling: ["shares its sibling's prompt, once computed", "等兄弟序列算完提示"],
   why_door: ["at the server's door", "在服务器门口"], budget: ["budget {n}: {used} used, {left} left", "预算 {n}：用 {used}，剩 {left}"], promptTokens: ["prompt tokens", "提示词元"], draws: ["sequences that draw", "抽样的序列"],
   forward: ["ms: forward, host", "毫秒：前向、主机"], stepTitle: ["step {n}: {p} prompt tokens, {d} draw, {ms} ms", "第 {n} 步：{p} 提示词元，{d} 抽样，{ms} 毫秒"],
-  blank: ["blank", "空白"], cached: ["free, cached", "空闲，有缓存"], private: ["held", "占用"], held: ["held, findable", "占用，可查找"], shared: ["shared: number of holders", "共享：持有者数"], lost: ["content evicted in this step", "本步内容被逐出"],
+  blank: ["blank", "空白"], cached: ["free, cached", "空闲，有缓存"], private: ["held", "占用"], held: ["held, findable", "占用，可查找"], shared: ["shared, with its number of holders", "共享（数字为持有者数）"], lost: ["content evicted in this step", "本步内容被逐出"],
   blockText: ["block {i}: {state}; {who}", "块 {i}：{state}；{who}"], heldBy: ["in the table of {who}", "在 {who} 的块表中"], noTable: ["in no table", "不在任何块表中"], clipped: ["The map shows the first {n} of {all} blocks.", "图中为 {all} 块中的前 {n} 块。"],
   reached: ["{b} GB/s, {bp} % of the roof's; {f} GFLOP/s, {fp} %. {x} operations per byte; the ridge is at {r}.", "{b} GB/s，屋顶的 {bp} %；{f} GFLOP/s，{fp} %。每字节 {x} 次运算；脊点 {r}。"],
   noSpec: ["The shape of the model is not known here.", "此处不知模型形状。"], where: ["step {n} · {s} s", "第 {n} 步 · {s} 秒"], liveSource: ["live: {model}, {device}", "实时：{model}，{device}"],
@@ -249,10 +249,10 @@ function drawNumbers({ state, step, now, isHere }) {
   const recent = film.tokens.filter((time) => isHere(time) && time > now - 3).length / Math.min(3, Math.max(0.5, now - film.start));
   const numbers = state ? {
     running: state.running.length, waiting: Object.values(state.reasons).reduce((a, b) => a + b, 0), tokens: step ? step.chunks.reduce((sum, one) => sum + one.length, 0) : 0,
-    ms: step?.forward ? step.forward.toFixed(1) : "–", rate: recent.toFixed(0), free: `${state.free} / ${film.facts.num_blocks}`,
+    ms: step?.forward ? step.forward.toFixed(1) : "–", rate: recent.toFixed(0), free: [state.free, ` / ${film.facts.num_blocks}`],
     hits: state.queried ? `${Math.round(100 * state.hit / state.queried)} %` : "–", preemptions: film.preempted.filter(isHere).length, evictions: state.evictions,
   } : {};
-  $("numbers").replaceChildren(...Object.entries(numbers).map(([name, value]) => make("div", {}, make("dt", {}, say(name)), make("dd", {}, String(value)))));
+  $("numbers").replaceChildren(...Object.entries(numbers).map(([name, value]) => make("div", {}, make("dt", {}, say(name)), make("dd", {}, ...(Array.isArray(value) ? [value[0], make("small", {}, value[1])] : [value])))));
 }
 
 const plot = (id, height, name, ...nodes) => $(id).replaceChildren(make("svg", { height, role: "img", "aria-label": name }, ...nodes));
@@ -298,14 +298,14 @@ function drawStrips({ state, steps }) {
   plot("strips", 226, say("steps"), ...nodes, rect((shown.length - 1) * size, 0, size, 226, "cursor"), ...columns);
 }
 
-function drawQueue({ frame, state, now }) {
+function drawQueue({ frame, state, now, isHere }) {
   const counts = Object.entries(state?.reasons || {});
   if (frame.door) counts.push(["door", frame.door]);
   const items = counts.map(([reason, count]) => make("li", {}, make("b", {}, String(count)), say(`why_${reason}`)));
   $("reasons").replaceChildren(...(items.length ? items : [make("li", {}, say(state ? "nobody" : "noData"))]));
   $("waiting").textContent = (state?.waiting || []).slice(0, 8).map(([id]) => {
     const one = film.sequences.get(id);
-    return one ? `#${id} ${one.prompt} + ${one.tokens.length}, ${Math.max(0, now - (one.preempts.at(-1) ?? one.added)).toFixed(1)} s` : `#${id}`;
+    return one ? `#${id} ${one.prompt} + ${one.tokens.filter(isHere).length}, ${Math.max(0, now - (one.preempts.at(-1) ?? one.added)).toFixed(1)} s` : `#${id}`;
   }).join(" · ");
 }
 
@@ -338,7 +338,7 @@ function drawMap({ state }) {
   const counts = Object.fromEntries(KINDS.map((kind) => [kind, 0]));
   codes.forEach((code) => counts[kindOf(code)]++);
   counts.lost = state?.evicted?.length ?? 0;
-  $("legend").replaceChildren(...KINDS.map((kind) => make("span", { class: kind }, `${say(kind)}${state ? ` ${counts[kind]}` : ""}`)));
+  $("legend").replaceChildren(...KINDS.map((kind) => make("span", { class: kind }, `${say(kind)}${state ? `: ${counts[kind]}` : ""}`)));
   canvas.setAttribute("aria-label", $("legend").textContent);
   const colours = Object.fromEntries([...$("legend").children].map((node) => [node.className, getComputedStyle(node, "::before").backgroundColor]));
   const pen = canvas.getContext("2d"), gap = size > 5 ? 1 : 0, own = new Set(state?.running.find((one) => one[0] === film.chosen)?.[5]);
@@ -364,9 +364,11 @@ function tellBlock(event) {
 }
 
 function drawTimeline({ now, isHere }) {
-  const known = [...film.sequences.values()].filter((one) => one.added <= now);
-  const last = (one) => one.ended <= now ? one.ended : Infinity;
-  const shown = known.sort((a, b) => last(b) - last(a) || b.added - a.added).slice(0, NUM_REQUESTS).sort((a, b) => a.added - b.added || a.id - b.id);
+  const known = [...film.sequences.values()].filter((one) => one.added <= now).sort((a, b) => b.added - a.added || b.id - a.id);
+  const last = (times) => times.filter(isHere).at(-1) ?? -Infinity, isOver = (one) => one.ended <= now;
+  const waits = (one) => !isOver(one) && last(one.preempts) >= last(one.admits), waiting = known.filter(waits).slice(-4);
+  const others = known.filter((one) => !waits(one)).sort((a, b) => isOver(a) - isOver(b) || (isOver(a) ? b.ended - a.ended : 0));
+  const shown = [...others.slice(0, NUM_REQUESTS - waiting.length), ...waiting].sort((a, b) => a.added - b.added || a.id - b.id);
   const width = widthOf("timeline"), left = 52, high = 19, from = Math.min(now - 0.1, ...shown.map((one) => one.added)), x = (time) => left + (width - left) * (time - from) / (now - from);
   const span = (a, b, place, kind, text, thin = 0) => rect(x(a), place * high + 3 + thin, Math.max(1, x(Math.min(b ?? now, now)) - x(a)), high - 7 - 2 * thin, kind, title(text));
   const lines = shown.map((one, place) => {
