@@ -90,10 +90,11 @@ def prelude(scheduler: Scheduler) -> list[tuple]:
 
 
 def news(recorder: FlightRecorder, scheduler: Scheduler, after: int | None) -> dict[str, Any]:
-    """One frame, and a `cursor` to ask for the next one with. `after` None: a first frame."""
-    cursor, entries = recorder.since(after)
-    entries = prelude(scheduler) if after is None else entries[-MAX_ENTRIES:]
-    return {"cursor": cursor, "entries": [_without_hashes(entry) for entry in entries], "state": snapshot(scheduler)}
+    """One frame, and a `cursor` to ask for the next one with. It begins anew (`is_first`) without `after`, or after a gap."""
+    cursor, entries = recorder.since(-1 if after is None else after)
+    is_first = entries is None or len(entries) > MAX_ENTRIES
+    shown = prelude(scheduler) if is_first else [_without_hashes(entry) for entry in entries or ()]
+    return {"cursor": cursor, "is_first": is_first, "time": scheduler._clock(), "entries": shown, "state": snapshot(scheduler)}
 
 
 def _without_hashes(entry: Any) -> Any:
@@ -204,8 +205,8 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     try:
         film = msgspec.json.encode(film_of(sys.stdin.buffer.read()))
-    except (ConfigError, MemoryError) as error:
-        sys.stderr.write(str(error) or "the record is too large")
+    except Exception as error:  # whatever may be wrong with a file from anywhere
+        sys.stderr.write(str(error) if isinstance(error, ConfigError) else f"the record is damaged or too large: {error!r}")
         return 1
     sys.stdout.buffer.write(film)
     return 0

@@ -91,11 +91,11 @@ class FlightRecorder:
                 place -= 1
             entries.insert(place, ("limits", dataclasses.asdict(self._limits)))
 
-    def since(self, cursor: int | None) -> tuple[int, list[tuple]]:
-        """Entries that came after `cursor` and are still there, and the cursor of the next call. None: no entries."""
+    def since(self, cursor: int) -> tuple[int, list[tuple] | None]:
+        """The cursor of the next call, and the entries that came after `cursor`; None when some of them are gone."""
         entries = [*(self._older.entries if self._older else ()), *self._segment.entries]
         end = self._num_dropped + len(entries)
-        return end, [] if cursor is None else entries[max(0, cursor - self._num_dropped) :]
+        return end, entries[cursor - self._num_dropped :] if self._num_dropped <= cursor <= end else None
 
     # --- the file
 

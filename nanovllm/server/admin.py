@@ -117,7 +117,7 @@ async def inspector(request: Request) -> Response:
         raise BadField("after", f"after={after[:32]!r} must be the cursor of an earlier answer")
     news = await _ask_recorder(request, "inspector", after=None if after is None else int(after))
     news["entries"] = add_costs(news["entries"], facts.spec, facts.dtype)
-    if after is None:
+    if news["is_first"]:
         sizes = {"num_blocks": facts.num_kv_blocks, "block_size": facts.block_size, "num_rows": facts.max_num_seqs}
         news["facts"] = {
             "model": server.model_name,

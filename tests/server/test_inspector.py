@@ -115,6 +115,8 @@ def test_a_record_of_the_body_becomes_a_film(server):
     [
         (lambda record: record.update(version=0), "version"),
         (lambda record: record.pop("entries"), "damaged"),
+        (lambda record: record.update(facts=[1]), "damaged"),
+        (lambda record: record["facts"]["spec"].update(head_dim="wide"), "damaged"),
         (lambda record: record.update(num_blocks=10**12), ""),  # more memory than a film may take
         (lambda record: record["keyframe"]["limits"].update(max_num_seqs=-1), "max_num_seqs"),
     ],

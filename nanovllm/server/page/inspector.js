@@ -98,7 +98,7 @@ const READ = {
 
 function addFrame(frame) {
   const before = film.frames.at(-1);
-  let time = before?.time ?? -Infinity;
+  let time = Math.max(before?.time ?? -Infinity, frame.time ?? -Infinity);
   for (const entry of frame.entries) {
     READ[entry[0]]?.(entry);
     if (typeof entry[1] !== "number") continue;
@@ -178,7 +178,7 @@ async function watch() {
     if (mine !== watching) return;
     if (news === null) return stopWatching();
     if (news) {
-      if (cursor === null) { begin(news.facts, say("liveSource", news.facts), true); follows = true; }
+      if (news.facts) { begin(news.facts, say("liveSource", news.facts), true); follows = true; }
       cursor = news.cursor;
       addFrame(news);
       forget();
