@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import signal
 import threading
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -98,11 +99,17 @@ def open_sinks(options: ObservabilityOptions, model: str) -> list[Sink]:
 # --- in the engine process of a server
 
 
-def build(config: EngineConfig, inner: str, options: dict[str, Any], model: str | None = None) -> ServedEngine:
+def build(
+    config: EngineConfig,
+    inner: str,
+    options: dict[str, Any],
+    model: str | None = None,
+    inner_options: dict[str, Any] | None = None,
+) -> ServedEngine:
     """The engine of the builder `inner`, observed. `model`: what clients call it."""
     module, _, name = inner.partition(":")
     observability = ObservabilityOptions(**options)
-    served: ServedEngine = getattr(importlib.import_module(module), name)(config)
+    served: ServedEngine = getattr(importlib.import_module(module), name)(config, **(inner_options or {}))
     observer = observe(served.engine, observability, model or served.facts.model or "model", joins=True)
     if observability.flight_recorder_steps and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR2, lambda number, frame: _on_signal(observer, number, frame))
@@ -114,8 +121,13 @@ def build(config: EngineConfig, inner: str, options: dict[str, Any], model: str 
     def flight_record(frontend: int) -> str | None:
         return observer.dump("asked for")
 
-    calls = {"note_request": note_request, "flight_record": flight_record}
-    return ServedEngine(served.engine, served.tokenizer, served.facts, calls, observer.close)
+    def on_end(error: BaseException | None) -> None:
+        observer.close(error)
+        if served.on_end is not None:
+            served.on_end(error)
+
+    calls = {**served.calls, "note_request": note_request, "flight_record": flight_record}
+    return replace(served, calls=calls, on_end=on_end)
 
 
 def _on_signal(observer: Observer, number: int, frame: FrameType | None) -> None:
