@@ -67,7 +67,7 @@ class ServedEngine:
     calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # more `Call`s: f(number of the front end, **arguments)
     on_end: Callable[[BaseException | None], None] | None = None  # the loop has ended, with what error
     on_accept: Callable[[str, AddRequest], None] | None = None  # the engine has taken a request, under this id
-    adopt: Callable[[str], bool] | None = None  # a request's front end has died: True: it goes on without one
+    adopt: Callable[[int, list[str]], list[str]] | None = None  # a front end has died: which of its requests go on
 
 
 @dataclass(slots=True, eq=False)
@@ -300,9 +300,8 @@ class EngineProcess:
     def _forget(self, frontend: Frontend) -> None:
         """It has gone. What it left behind ends, or goes on without it."""
         if self._served.adopt is not None:
-            for request in list(frontend.requests.values()):
-                if self._served.adopt(request.request_id):
-                    self._close(request)
+            for name in self._served.adopt(frontend.number, [request.request_id for request in frontend.requests.values()]):
+                self._close(self._requests[name])
         self._abort_all(frontend)
         del self._frontends[frontend.identity]
 

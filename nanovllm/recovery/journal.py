@@ -75,14 +75,17 @@ class Entry(msgspec.Struct, tag="request", array_like=True):
         """What was asked for and does not survive: it is not in the journal."""
         return [name for name in ("logprobs", "prompt_logprobs") if getattr(self.params, name) is not None]
 
+    def without_tokens(self) -> Entry:
+        """What a list of many needs."""
+        return msgspec.structs.replace(self, token_ids=[], completions=[])
+
     def output(self, tokenizer: Tokenizer) -> GenerationOutput:
         """The answer so far, as a user gets it; without log-probabilities."""
         completions = [self._completion(tokenizer, index) for index in range(len(self.completions))]
         metrics = RequestMetrics(self.arrived, num_prompt_tokens=len(self.token_ids))
         metrics.num_generated_tokens = sum(len(completion.token_ids) for completion in completions)
-        return GenerationOutput(
-            self.request_id, None, self.token_ids, completions, metrics, finished=self.is_complete or self.error is not None
-        )
+        has_ended = self.ended is not None
+        return GenerationOutput(self.request_id, None, self.token_ids, completions, metrics, finished=has_ended)
 
     def _completion(self, tokenizer: Tokenizer, index: int) -> CompletionOutput:
         """A front end ends a completion at its stop string, and tells the engine to abort it: here it is found again."""

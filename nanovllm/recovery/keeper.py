@@ -181,7 +181,8 @@ class Keeper:
 
     def _forget_old(self, now: float) -> None:
         while self._lingering and (self._lingering[0].ended or 0.0) < now - LINGER_SECONDS:
-            self._entries.pop(self._lingering.popleft().handle, None)
+            if not (entry := self._lingering.popleft()).is_restored:
+                del self._entries[entry.handle]
         while self._kept and ((self._kept[0].ended or 0.0) < now - self._keep_s or len(self._kept) > MAX_KEPT):
             self._entries.pop(self._kept.popleft().handle, None)
 
@@ -309,15 +310,25 @@ class Keeper:
         mine = [entry for entry in self._entries.values() if entry.is_restored and entry.origin.owner == owner]
         return [entry for entry in mine if name is None or entry.origin.name == name]
 
-    def adopt(self, request_id: str) -> bool:
-        """The front end of this request has died; its client may ask for the answer. False: it must be aborted."""
-        entry, request = self._open[request_id]
-        if entry.pooling is not None:
-            return False
-        entry.is_restored = True
-        self._write(entry)
-        self._watch_stops(entry, request)
-        return True
+    def adopt(self, frontend: int, request_ids: list[str]) -> list[str]:
+        """A front end has died with these requests open. Returns those that go on: their clients may ask for the answers.
+
+        What had just ended is kept, too: it may not have been passed on.
+        """
+        now = time.time()
+        ended = [one for one in self._entries.values() if one.ended is not None and not one.is_restored]
+        for entry in ended:
+            if entry.request_id.startswith(f"{frontend}/") and not self._is_abandoned(entry):
+                entry.is_restored, entry.ended = True, now
+                self._keep(entry)
+                self._write(entry)
+        adopted = [name for name in request_ids if self._open[name][0].pooling is None]
+        for name in adopted:
+            entry, request = self._open[name]
+            entry.is_restored = True
+            self._write(entry)
+            self._watch_stops(entry, request)
+        return adopted
 
     def close(self, error: BaseException | None = None) -> None:
         """Stop listening. Without an error nothing is left to doubt: what has ended in good order is forgotten."""
@@ -367,7 +378,8 @@ def build(config: EngineConfig, inner: str, path: str, keep_s: float) -> ServedE
     keeper = Keeper(served.engine, path, served.tokenizer, model, keep_s)
 
     def restored(frontend: int, owner: str, of_call: str | None = None) -> list[Entry]:
-        return keeper.entries(owner, of_call)
+        entries = keeper.entries(owner, of_call)
+        return entries if of_call is not None else [entry.without_tokens() for entry in entries]
 
     return dataclasses.replace(
         served,

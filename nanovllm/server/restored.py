@@ -43,8 +43,8 @@ class RestoredAnswer(msgspec.Struct):
     lost: list[str]  # fields of the request that the answer cannot honour
     created: int  # seconds since 1970
     expires_at: int | None  # when it will be forgotten; null while it runs
-    usage: Usage
-    choices: list[RestoredChoice]  # empty in the list of all calls
+    usage: Usage | None  # null in the list of all calls, as
+    choices: list[RestoredChoice]  # these are empty there
 
 
 class RestoredList(msgspec.Struct):
@@ -53,17 +53,16 @@ class RestoredList(msgspec.Struct):
 
 
 async def list_restored(request: Request) -> Response:
-    entries = await _entries(request)
-    return json_response(await asyncio.to_thread(_listed, request.app.state.server, entries, False))
+    return json_response(_listed([_answer(request.app.state.server, entry) for entry in await _entries(request)]))
 
 
 async def get_restored(request: Request) -> Response:
-    name = request.path_params["request_id"]
-    entries = await _entries(request, name)
+    server: Server = request.app.state.server
+    entries = await _entries(request, request.path_params["request_id"])
     if not entries:
         message = "no call with this id was restored: it was answered, or never accepted, or its answer has expired"
         raise HttpError(404, message, code="not_restored")
-    return json_response(await asyncio.to_thread(_listed, request.app.state.server, entries, True))
+    return json_response(_listed(await asyncio.to_thread(lambda: [_with_choices(server, entry) for entry in entries])))
 
 
 async def _entries(request: Request, name: str | None = None) -> list[Entry]:
@@ -73,17 +72,22 @@ async def _entries(request: Request, name: str | None = None) -> list[Entry]:
     return msgspec.convert(await server.engine.call("restored", owner=server.key_of(request).salt, of_call=name), list[Entry])
 
 
-def _listed(server: Server, entries: list[Entry], with_choices: bool) -> RestoredList:
-    answers = [_answer(server, entry, with_choices) for entry in entries]
+def _listed(answers: list[RestoredAnswer]) -> RestoredList:
     return RestoredList("list", sorted(answers, key=lambda answer: (answer.created, answer.id, answer.prompt_index)))
 
 
-def _answer(server: Server, entry: Entry, with_choices: bool) -> RestoredAnswer:
-    output = entry.output(server.engine.tokenizer)
+def _with_choices(server: Server, entry: Entry) -> RestoredAnswer:
+    output, answer = entry.output(server.engine.tokenizer), _answer(server, entry)
     num_prompt_tokens, num_tokens = len(entry.token_ids), output.metrics.num_generated_tokens
-    choices = [
+    total = num_prompt_tokens + num_tokens
+    answer.usage = Usage(prompt_tokens=num_prompt_tokens, completion_tokens=num_tokens, total_tokens=total)
+    answer.choices = [
         RestoredChoice(one.index, one.text, one.token_ids, one.finish_reason, one.stop_reason) for one in output.completions
     ]
+    return answer
+
+
+def _answer(server: Server, entry: Entry) -> RestoredAnswer:
     return RestoredAnswer(
         id=entry.origin.name,
         object="restored",
@@ -94,8 +98,8 @@ def _answer(server: Server, entry: Entry, with_choices: bool) -> RestoredAnswer:
         lost=entry.lost,
         created=int(entry.arrived),
         expires_at=None if entry.ended is None else int(entry.ended + server.options.checkpoint_keep_s),
-        usage=Usage(prompt_tokens=num_prompt_tokens, completion_tokens=num_tokens, total_tokens=num_prompt_tokens + num_tokens),
-        choices=choices if with_choices else [],
+        usage=None,
+        choices=[],
     )
 
 

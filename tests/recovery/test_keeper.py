@@ -198,13 +198,33 @@ class TestWhoIsRestored:
         for _ in range(4):
             engine.step()
         assert not keeper.entries("me"), "its client still waits"
-        assert keeper.adopt(name)
+        assert keeper.adopt(0, [name]) == [name]
         drain(engine)
         assert [token_ids(entry) for entry in keeper.entries("me", "mine")] == [[tokens[:10]]]
         crash(keeper)
         _, second = restored(tmp_path / "journal")
         assert [token_ids(entry) for entry in second.entries("me", "mine")] == [[tokens[:10]]]
         assert not second.entries("you") and not second.entries("me", "other") and not second.entries()
+
+    def test_what_a_dead_front_end_had_not_passed_on_is_kept_too(self, tmp_path, monkeypatch):
+        engine, keeper = restored(tmp_path / "journal")
+        for frontend, number, length in ((0, 0, 2), (0, 1, 40), (1, 0, 2)):
+            name = f"{frontend}/call-{number}"
+            engine.add_request([frontend, number], greedy(length), request_id=name)
+            origin = Origin("me", f"call of {frontend}", number=number)
+            keeper.accept(name, AddRequest(0, name, [], greedy(length), [], 0, "", origin=origin))
+        for _ in range(5):
+            engine.step()
+        assert keeper.adopt(0, ["0/call-1"]) == ["0/call-1"]
+        now = keeper_module.time.time()
+        monkeypatch.setattr(keeper_module.time, "time", lambda: now + 60)
+        drain(engine)
+        answers = {(entry.origin.name, entry.origin.number): token_ids(entry) for entry in keeper.entries("me")}
+        wanted = [naive_generate([0, 0], 2)], [naive_generate([0, 1], 40)]
+        assert answers == {("call of 0", 0): wanted[0], ("call of 0", 1): wanted[1]}
+        crash(keeper)
+        _, second = restored(tmp_path / "journal")
+        assert {entry.origin.number: token_ids(entry) for entry in second.entries("me", "call of 0")} == dict(enumerate(wanted))
 
     def test_what_ended_long_before_the_crash_has_reached_its_client(self, tmp_path, monkeypatch):
         engine, keeper = restored(tmp_path / "journal")
@@ -283,7 +303,8 @@ class TestEngineProcess:
                 while True:
                     entries = msgspec.convert(await engine.call("restored", owner="me"), list[Entry])
                     if all(entry.ended is not None for entry in entries):
-                        return entries
+                        calls = [engine.call("restored", owner="me", of_call=entry.origin.name) for entry in entries]
+                        return [msgspec.convert(one, list[Entry])[0] for one in await asyncio.gather(*calls)]
                     await asyncio.sleep(0.01)
 
         async def read(engine: AsyncEngine, prompt: list[int]) -> None:
