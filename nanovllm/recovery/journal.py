@@ -218,22 +218,23 @@ def replay(records: Iterable[Record]) -> list[Entry]:
 
 
 def _records(content: bytes, path: str) -> Iterator[Record]:
-    """Up to the end, or to the first that is not whole."""
+    """Up to the end, or to the first that is not whole. One that this version cannot read is left out."""
     place = 0
     while place < len(content):
         frame = content[place : place + FRAME.size]
         length, checksum = FRAME.unpack(frame) if len(frame) == FRAME.size else (0, 0)
         payload = content[place + FRAME.size : place + FRAME.size + length]
-        try:
-            if not payload or len(payload) < length or zlib.crc32(payload) != checksum:
-                raise ValueError("torn")
-            record = decode(payload)
-        except ValueError:  # also what msgspec and SamplingParams raise
+        if not payload or len(payload) < length or zlib.crc32(payload) != checksum:
             lost = len(content) - place
             logger.warning("checkpoint %s: its last %d bytes are torn or damaged, and are left out", path, lost)
             return
-        yield record
         place += FRAME.size + length
+        try:
+            record = decode(payload)
+        except msgspec.MsgspecError as error:
+            logger.warning("checkpoint %s: a record is left out: %s", path, error)
+        else:
+            yield record
 
 
 def _framed(record: Record) -> bytes:

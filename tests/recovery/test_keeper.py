@@ -20,7 +20,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.messages import AddRequest, Origin
 from nanovllm.errors import ConfigError, EngineDead
 from nanovllm.recovery import keeper as keeper_module
-from nanovllm.recovery.journal import Entry
+from nanovllm.recovery.journal import Ended, Entry, _framed
 from nanovllm.recovery.keeper import Keeper, checkpointed, identity, keep
 from nanovllm.sampling_params import SamplingParams
 
@@ -414,6 +414,22 @@ class TestFile:
                 answers = [token_ids(entry) for entry in second.entries()]
                 assert answers == [[naive_generate([first, 9], 20)] for first in range(4)]
                 crash(second)
+
+    def test_a_record_that_this_version_cannot_read_costs_only_itself(self, tmp_path, caplog):
+        path = tmp_path / "journal"
+        engine, keeper = restored(path)
+        engine.add_request([1, 9], greedy(20))
+        engine.step()
+        with path.open("ab") as file:
+            file.write(_framed(Ended(0, 7, None, 0.0)))  # type: ignore[arg-type]  # a reason that is no text
+        engine.add_request([2, 9], greedy(20))
+        for _ in range(3):
+            engine.step()
+        crash(keeper)
+        again, second = restored(path)
+        assert "a record is left out" in caplog.text
+        drain(again)
+        assert [token_ids(entry) for entry in second.entries()] == [[naive_generate([first, 9], 20)] for first in (1, 2)]
 
     def test_it_is_private_whatever_was_there(self, tmp_path):
         path = tmp_path / "journal"
