@@ -191,7 +191,12 @@ class TestKilledUnderLoad:
         with started_server("--checkpoint", journal, *ENGINE, **KEYS) as server:
             assert any("requests go on" in line for line in server.log)
             time.sleep(1.0)
-            os.killpg(server.process.pid, signal.SIGKILL)
+            engine = engine_pid(server)
+            os.kill(server.process.pid, signal.SIGKILL)  # without its engine, which notices
+            end = time.monotonic() + 10
+            while Path(f"/proc/{engine}").exists():
+                assert time.monotonic() < end, "the engine outlives its server"
+                time.sleep(0.05)
         with started_server("--checkpoint", journal, *ENGINE, **KEYS) as server:
             wait_until_restored(server)
             assert check_answers(server, sent, expected) >= 6
