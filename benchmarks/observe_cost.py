@@ -20,7 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support import CountingExecutor
@@ -33,6 +36,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.observability.observer import observe
 from nanovllm.observability.options import ObservabilityOptions
+from nanovllm.recovery.keeper import Keeper
 
 NUM_RUNNING = 32
 RECORD = Path(__file__).parent / "records" / "2026-11-20-cpu-torch.json"
@@ -55,7 +59,10 @@ server.serve_forever()
 """
 
 
-def variants(folder: str, port: int) -> dict[str, ObservabilityOptions]:
+Listen = Callable[[LLMEngine], AbstractContextManager]
+
+
+def variants(folder: str, port: int) -> dict[str, Listen]:
     """`port`: of a process that takes OpenTelemetry spans and forgets them."""
     files = {
         "stage_log": f"{folder}/stages.jsonl",
@@ -63,28 +70,37 @@ def variants(folder: str, port: int) -> dict[str, ObservabilityOptions]:
         "trace_file": f"{folder}/trace.json",
         "otlp_endpoint": f"http://127.0.0.1:{port}/v1/traces",
     }
-    named = {name: ObservabilityOptions(**{name: path}) for name, path in files.items()}
     safety: dict = {"flight_recorder_steps": 1024, "flight_recorder_dir": folder, "watchdog_seconds": 60.0}
+
+    def observed(**options: Any) -> Listen:
+        return lambda engine: observe(engine, ObservabilityOptions(**options))
+
+    def kept(engine: LLMEngine) -> Keeper:
+        Path(folder, "journal").unlink(missing_ok=True)
+        tokenizer: Any = None  # read only where a text ends at a stop string
+        return Keeper(engine, f"{folder}/journal", tokenizer, {}, keep_s=3600.0)
+
     return {
-        "off": ObservabilityOptions(),
-        **named,
-        "flight recorder and watchdog (default of serve)": ObservabilityOptions(**safety),
-        "all": ObservabilityOptions(**files, **safety),
+        "off": observed(),
+        **{name: observed(**{name: path}) for name, path in files.items()},
+        "flight recorder and watchdog (default of serve)": observed(**safety),
+        "all": observed(**files, **safety),
+        "checkpoint": kept,
     }
 
 
-def measure(options: ObservabilityOptions, num_requests: int) -> dict[str, float]:
+def measure(listen: Listen, num_requests: int) -> dict[str, float]:
     """Milliseconds of processor time per step: mean of the engine's thread, and of all threads."""
     rng = random.Random(0)
     scheduler = Scheduler(BlockManager(20_000, 16), SchedulerLimits(NUM_RUNNING, 2048))
     engine = LLMEngine(scheduler, CountingExecutor(), vocab_size=50_000, max_model_len=8_192)
-    for _ in range(num_requests):
-        prompt = [rng.randrange(50_000) for _ in range(rng.randint(20, 60))]
-        engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=rng.randint(40, 120), ignore_eos=True))
-    gc.collect()
-    gc.freeze()
     times: list[float] = []
-    with observe(engine, options):
+    with listen(engine):
+        for _ in range(num_requests):
+            prompt = [rng.randrange(50_000) for _ in range(rng.randint(20, 60))]
+            engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=rng.randint(40, 120), ignore_eos=True))
+        gc.collect()
+        gc.freeze()
         begin = time.process_time()
         while engine.has_work:
             start = time.thread_time()  # of this thread alone: others on the machine do not count

@@ -34,6 +34,7 @@ from nanovllm.engine.progress import deferred_interrupt
 from nanovllm.errors import ConfigError, InvalidPrompt, NanoVllmError
 from nanovllm.log import configure_logging
 from nanovllm.observability.options import ObservabilityOptions
+from nanovllm.retry import RetryPolicy
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.options import ServerOptions
 from nanovllm.simulation.command import SimulateOptions, run_simulation
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="system message")
     chat.add_argument("--url", help="talk to a server at this address instead, such as http://127.0.0.1:8000")
     chat.add_argument("--api-key", help="for --url (default: the environment variable NANOVLLM_API_KEY)")
+    chat.add_argument("--retries", type=int, default=3, help="for --url: of a call that was refused or cut off (default: 3)")
     for command in (generate, chat):
         _add_fields(command.add_argument_group("engine"), EngineConfig)
         names = [name for name in CLI_SAMPLING if name != "n" or command is generate]
@@ -183,7 +185,8 @@ def _chat_with_server(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{', '.join(engine_options)}: options of an engine, which a server at --url has already started")
     params = _chosen(arguments, SamplingParams)
     SamplingParams(**params)  # checks the values
-    remote = RemoteChat(arguments.url, arguments.api_key or os.environ.get("NANOVLLM_API_KEY"), model)
+    retries = RetryPolicy(max_retries=arguments.retries)
+    remote = RemoteChat(arguments.url, arguments.api_key or os.environ.get("NANOVLLM_API_KEY"), model, retries)
     print(f"{remote.model} at {arguments.url}", file=sys.stderr)
 
     def stream(messages: list[dict[str, Any]]) -> Generator[tuple[str, int], None, None]:

@@ -6,6 +6,33 @@ import logging
 
 logger = logging.getLogger("nanovllm")
 
+DEGRADATIONS = {  # what can be worse than asked for, without being an error
+    "cuda_graphs": "capturing failed: steps run eagerly",
+    "graph_memory": "no memory for the larger CUDA graphs: larger steps run eagerly",
+    "late_compile": "a kernel was compiled while a step waited",
+    "compiled_step": "the compiled CPU step could not be built: the torch path runs",
+    "kv_cache_full": "running requests were preempted, and are computed again; at most one a minute",
+    "checkpoint": "the journal could not be written: requests do not survive a crash any more",
+}
+
+
+def degraded(reason: str, message: str, *arguments: object) -> None:
+    """A line in the log, and one more of `reason`, a key of `DEGRADATIONS`, for a `DegradationCounter`."""
+    logger.warning(f"degraded, {reason}: {message}", *arguments, extra={"degradation": reason})
+
+
+class DegradationCounter(logging.Handler):
+    """Counts the lines of `degraded` that the log's level lets through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = dict.fromkeys(DEGRADATIONS, 0)
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (reason := getattr(record, "degradation", None)) is not None:
+            self.counts[reason] += 1
+
 
 def show_log_unless_configured() -> None:
     """A program that has not set up logging still sees the memory plan, and what was degraded and why."""

@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from nanovllm.errors import ConfigError, NanoVllmError
+from nanovllm.log import logger
+from nanovllm.retry import STATUSES, Retrier, RetryPolicy, retry_after_s
 
 TIMEOUT_S = 600.0  # without a single byte from the server
 MAX_LINE = 2**24  # bytes of one event
 MAX_ANSWER = 2**24  # bytes of an answer that is not streamed
+DEFAULT_RETRIES = RetryPolicy(max_retries=3)
 
 
 class RemoteError(NanoVllmError):
     """The server cannot be reached, refused the request, or broke the answer off."""
+
+    def __init__(self, message: str, may_retry: bool = False, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.may_retry, self.retry_after_s = may_retry, retry_after_s
 
 
 class RemoteDelta(NamedTuple):
@@ -32,7 +41,9 @@ class RemoteDelta(NamedTuple):
 class RemoteChat:
     """One server and one of its models. Raises `ConfigError` for a malformed URL, `RemoteError` for the rest."""
 
-    def __init__(self, url: str, api_key: str | None = None, model: str | None = None) -> None:
+    def __init__(
+        self, url: str, api_key: str | None = None, model: str | None = None, retries: RetryPolicy = DEFAULT_RETRIES
+    ) -> None:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         try:
             port = parts.port
@@ -46,10 +57,11 @@ class RemoteChat:
         self._connect = lambda: connection(parts.hostname or "", port, timeout=TIMEOUT_S)
         self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1"
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
+        self._retrier = Retrier(retries)
         self.model = model if model is not None else self._first_model()
 
     def _first_model(self) -> str:
-        connection, response = self._call("GET", "/models")
+        connection, response = self._call("GET", "/models")  # once: a wrong address is told without delay
         try:
             return json.loads(response.read(MAX_ANSWER))["data"][0]["id"]
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
@@ -60,7 +72,7 @@ class RemoteChat:
     def stream(self, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> Generator[RemoteDelta, None, None]:
         options = {"include_usage": True, "continuous_usage_stats": True}
         body = {"model": self.model, "messages": list(messages), "stream": True, "stream_options": options, **params}
-        connection, response = self._call("POST", "/chat/completions", json.dumps(body).encode())
+        connection, response = self._call_patiently("POST", "/chat/completions", json.dumps(body).encode())
         num_tokens = 0
         try:
             for event in _events(response):
@@ -80,6 +92,20 @@ class RemoteChat:
         finally:
             connection.close()
 
+    def _call_patiently(self, *call: Any) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        """`_call`, again after a wait where that may help."""
+        self._retrier.begin()
+        for num_retries in count():
+            try:
+                return self._call(*call)
+            except RemoteError as error:
+                wait = self._retrier.wait_s(num_retries, error.retry_after_s) if error.may_retry else None
+                if wait is None:
+                    raise
+                logger.warning("%s; again in %.1f s", error, wait)
+                time.sleep(wait)
+        raise AssertionError("count() has no end")
+
     def _call(
         self, method: str, path: str, body: bytes | None = None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
@@ -93,13 +119,14 @@ class RemoteChat:
             answer = response.read(MAX_ANSWER)
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            raise RemoteError(f"no answer from {connection.host}:{connection.port}: {error}") from error
+            raise RemoteError(f"no answer from {connection.host}:{connection.port}: {error}", may_retry=True) from error
         except BaseException:
             connection.close()
             raise
         connection.close()
         hint = "; give one with --api-key or NANOVLLM_API_KEY" if response.status == 401 else ""
-        raise RemoteError(f"the server answered {response.status}: {_reason(answer) or response.reason}{hint}")
+        message = f"the server answered {response.status}: {_reason(answer) or response.reason}{hint}"
+        raise RemoteError(message, response.status in STATUSES, retry_after_s(dict(response.headers)))
 
 
 def _reason(answer: bytes) -> str | None:

@@ -7,6 +7,7 @@ a special token before each text.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -68,6 +70,7 @@ class LiveServer:
     url: str
     process: subprocess.Popen[str]
     log: list[str]
+    started: float = 0.0  # when it listened, of the monotonic clock
 
     def post(self, path: str, body: Any) -> Reply:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -104,10 +107,22 @@ def close_decision(server: LiveServer, prompt: list[int]) -> tuple[dict[str, Any
 
 @contextmanager
 def live_server(*options: str) -> Iterator[LiveServer]:
-    """`options`: those of `nanovllm serve`."""
+    """`options`: those of `nanovllm serve`. Ends it in good order."""
+    with started_server(*options) as server:
+        yield server
+        server.process.send_signal(signal.SIGTERM)
+        status = server.process.wait(30)
+    assert status == 0, "".join(server.log[-20:])
+
+
+@contextmanager
+def started_server(*options: str, **environment: str) -> Iterator[LiveServer]:
+    """In a session of its own, all of which is killed at the end, if it still runs."""
     command = [sys.executable, "-m", "nanovllm", "serve", "--port", "0", *options]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    whole = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **environment}
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=whole, start_new_session=True
+    )
     log: list[str] = []
     ready = threading.Event()
 
@@ -122,21 +137,16 @@ def live_server(*options: str) -> Iterator[LiveServer]:
     reader.start()
     try:
         assert ready.wait(100), "the server did not start"
-        match = re.search(r"http://[\w.:]+", "".join(log))
+        match = re.search(r" at (http://[\w.:]+)", "".join(log))
         assert match, "".join(log)
-        yield LiveServer(match[0].rstrip(":"), process, log)
+        yield LiveServer(match[1].rstrip(":"), process, log, time.monotonic())
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            status = process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-        finally:
-            reader.join()
-            if process.stderr is not None:
-                process.stderr.close()
-    assert status == 0, "".join(log[-20:])
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join()
+        if process.stderr is not None:
+            process.stderr.close()
 
 
 def write_tiny_model(folder: Path) -> Path:

@@ -77,6 +77,7 @@ class FakeAsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        origin: object = None,
     ) -> AsyncIterator[GenerationOutput]:
         self._check_alive()
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

@@ -21,6 +21,7 @@ from nanovllm.bench import workloads
 from nanovllm.bench.record import RECORDS, read_record
 from nanovllm.config import EngineConfig
 from nanovllm.errors import ConfigError
+from nanovllm.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from nanovllm.bench.compare import Verdict
@@ -95,6 +96,8 @@ def _add_server_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--max-concurrency", type=int, help="requests in flight (default: no limit)")
     verb.add_argument("--timeout", type=float, default=600.0, help="seconds of one request (default: 600)")
+    verb.add_argument("--retries", type=int, default=0, help="of a request that was refused or cut off (default: 0)")
+    verb.add_argument("--retry-budget", type=float, default=0.2, help="retries per request, over all requests (default: 0.2)")
     verb.add_argument("--extra-body", type=json.loads, default={}, metavar="JSON", help="more fields of every request")
     verb.add_argument("--api-key", help="(default: the environment variable NANOVLLM_API_KEY)")
 
@@ -149,6 +152,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         arguments.max_concurrency,
         arguments.timeout,
         arguments.extra_body,
+        RetryPolicy(max_retries=arguments.retries, budget=arguments.retry_budget),
     )
     name = arguments.record or "run"
     sides = [(name, target)]

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from nanovllm.errors import ConfigError
+from nanovllm.retry import STATUSES, retry_after_s
 
 MAX_HEAD = 2**16  # bytes
 MAX_ERROR_TEXT = 200  # characters of a refusal that are kept
@@ -34,6 +35,9 @@ class Exchange:
     num_output: int | None = None
     text: list[str] = field(default_factory=list)
     error: str = ""
+    may_retry: bool = False  # it failed before any token, and may go better another time
+    retry_after_s: float | None = None  # as the server asked
+    num_retries: int = 0  # before this exchange
 
 
 class Endpoint:
@@ -68,6 +72,8 @@ async def stream(endpoint: Endpoint, data: bytes, timeout_s: float, keep_text: b
     reader = _EventReader(exchange, keep_text)
     error = await _exchange(endpoint, endpoint.head(len(data)) + data, reader, timeout_s)
     exchange.error = exchange.error or error
+    exchange.may_retry = not exchange.token_times and (reader.is_cut or reader.status in STATUSES)
+    exchange.retry_after_s = retry_after_s(reader.fields)
     if not exchange.error and not reader.is_done:
         exchange.error = "the stream ended early"
     return exchange
@@ -92,6 +98,7 @@ async def _exchange(endpoint: Endpoint, request: bytes, reader: _BodyReader, tim
     except asyncio.TimeoutError:
         return f"no end within {timeout_s:g} s"
     except (OSError, ValueError) as error:
+        reader.is_cut = isinstance(error, OSError)
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -114,6 +121,8 @@ class _BodyReader(asyncio.Protocol):
     def __init__(self) -> None:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
+        self.fields: dict[str, str] = {}  # of the head, names in small letters
+        self.is_cut = False  # there was no connection, or it broke
         self.body = bytearray()
         self._raw = bytearray()
         self._is_chunked = False
@@ -156,7 +165,7 @@ class _BodyReader(asyncio.Protocol):
         self.status = int(first.split(" ", 2)[1]) if first.startswith("HTTP/1.") and " " in first else 0
         if not self.status:
             raise ValueError(repr(first[:40]))
-        fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        fields = self.fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         self._is_chunked = "chunked" in fields.get("transfer-encoding", "").lower()
         if not self._is_chunked and "content-length" in fields:
             self._left = int(fields["content-length"])

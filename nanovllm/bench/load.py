@@ -17,6 +17,7 @@ from typing import Any
 from nanovllm.bench.http_client import Endpoint, Exchange, get_json, stream
 from nanovllm.bench.workloads import Request, Workload
 from nanovllm.errors import ConfigError
+from nanovllm.retry import Retrier, RetryPolicy
 
 FORMS = ("ids", "words", "chat")
 
@@ -32,6 +33,7 @@ class Target:
     max_concurrency: int | None = None  # requests in flight; None: no limit
     timeout_s: float = 600.0  # of one request
     extra_body: dict[str, Any] = field(default_factory=dict)  # more fields of every request
+    retries: RetryPolicy = RetryPolicy()  # noqa: RUF009  frozen; none: so that figures tell of the server alone
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
@@ -77,6 +79,7 @@ class Row:
     num_output: int
     itl_ms: list[float]  # gaps between events that carry tokens
     error: str = ""
+    num_retries: int = 0  # times are then from the first attempt on, waits included
 
     @property
     def tpot_ms(self) -> float:
@@ -99,6 +102,7 @@ async def send_workload(target: Target, workload: Workload, repeat: int = 0) -> 
     bodies = [json.dumps(target.body(request, workload.temperature)).encode() for request in workload.requests]
     ended = [asyncio.Event() for _ in bodies]
     gate = asyncio.Semaphore(target.max_concurrency or len(bodies))
+    retrier = Retrier(target.retries)
     start = time.perf_counter()
 
     async def send(index: int) -> Row:
@@ -109,12 +113,25 @@ async def send_workload(target: Target, workload: Workload, repeat: int = 0) -> 
             due = time.perf_counter() + request.arrival_s
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         async with gate:
-            exchange = await stream(endpoint, bodies[index], target.timeout_s)
+            exchange = await _persist(endpoint, bodies[index], target.timeout_s, retrier)
         ended[index].set()
         return _row(repeat, index, request, exchange, start, due)
 
     rows = await asyncio.gather(*(send(index) for index in range(len(bodies))))
     return rows, time.perf_counter() - start
+
+
+async def _persist(endpoint: Endpoint, body: bytes, timeout_s: float, retrier: Retrier) -> Exchange:
+    """Send, and send again as long as the policy allows it."""
+    retrier.begin()
+    exchange = await stream(endpoint, body, timeout_s)
+    sent_at, num_retries = exchange.sent_at, 0
+    while exchange.may_retry and (wait := retrier.wait_s(num_retries, exchange.retry_after_s)) is not None:
+        await asyncio.sleep(wait)
+        num_retries += 1
+        exchange = await stream(endpoint, body, timeout_s)
+    exchange.sent_at, exchange.num_retries = sent_at, num_retries
+    return exchange
 
 
 def _row(repeat: int, index: int, request: Request, exchange: Exchange, start: float, due: float) -> Row:
@@ -137,6 +154,7 @@ def _row(repeat: int, index: int, request: Request, exchange: Exchange, start: f
         num_output=exchange.num_output if exchange.num_output is not None else len(times),
         itl_ms=[_ms(after - before) for before, after in pairwise(times)],
         error=error,
+        num_retries=exchange.num_retries,
     )
 
 

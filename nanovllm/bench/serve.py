@@ -150,6 +150,10 @@ def describe_repeat(name: str, figures: dict[str, float]) -> str:
 def write_serve_record(side: Side, run: Run, note: str, folder: Path) -> Path:
     target = side.target
     sending = {"form": target.form, "max_concurrency": target.max_concurrency, "extra_body": target.extra_body}
+    more: dict[str, Any] = {}
+    if target.retries.max_retries:
+        sending["retries"] = asdict(target.retries)
+        more["num_retries"] = sum(row.num_retries for row in run.rows)
     return write_record(
         side.name,
         rows=[asdict(row) for row in run.rows],
@@ -162,6 +166,7 @@ def write_serve_record(side: Side, run: Run, note: str, folder: Path) -> Path:
         settings={**sending, **run.plan.settings},
         url=target.url,
         note=note,
+        **more,
         **run.content(),
     )
 

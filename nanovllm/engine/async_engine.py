@@ -28,7 +28,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.connection import EngineChild, EngineConnection, check_somebody_listens, spawn_engine
 from nanovllm.engine.detokenizer import IncrementalDetokenizer, StopStrings
 from nanovllm.engine.door import POOLINGS, Bounds, CheckedRequest, Door, Prompt
-from nanovllm.engine.messages import Abort, AddRequest, Answer, Call, EngineFacts, Hello, LastWords, Outputs, Ready
+from nanovllm.engine.messages import Abort, AddRequest, Answer, Call, EngineFacts, Hello, LastWords, Origin, Outputs, Ready
 from nanovllm.errors import EngineDead, InvalidSamplingParams, NanoVllmError, PromptTooLong, RequestError
 from nanovllm.log import logger, show_log_unless_configured
 from nanovllm.outputs import CompletionOutput, EmbeddingOutput, GenerationOutput, RequestMetrics, TtftParts
@@ -210,6 +210,7 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        origin: Origin | None = None,
     ) -> AsyncGenerator[GenerationOutput, None]:
         """Complete one prompt. Yields the live output whenever it has grown; the last time it is `finished`.
 
@@ -218,7 +219,7 @@ class AsyncEngine:
         """
         arrival_time = time.monotonic()
         checked = await self._check(prompt, params, priority, cache_salt)
-        request = self._open(checked, request_id, prompt, arrival_time)
+        request = self._open(checked, request_id, prompt, arrival_time, origin=origin)
         try:
             while not request.output.finished or request.has_news:
                 await request.news()
@@ -322,7 +323,13 @@ class AsyncEngine:
         return await asyncio.to_thread(function) if takes_long else function()
 
     def _open(
-        self, checked: CheckedRequest, request_id: str | None, prompt: Prompt, arrival_time: float, pooling: str | None = None
+        self,
+        checked: CheckedRequest,
+        request_id: str | None,
+        prompt: Prompt,
+        arrival_time: float,
+        pooling: str | None = None,
+        origin: Origin | None = None,
     ) -> LiveRequest:
         """Send the request, and make the place where its answer will grow."""
         params = checked.params
@@ -340,11 +347,12 @@ class AsyncEngine:
             request.completions.append(LiveCompletion(request, output, detokenizer))
         without_text = replace(params, stop=(), bad_words=()) if params.stop or params.bad_words else params
         bad_words = [list(token_ids) for token_ids in checked.bad_words]
-        self._send(
-            AddRequest(
-                handle, request_id, checked.token_ids, without_text, bad_words, checked.priority, checked.cache_salt, pooling
-            )
+        message = AddRequest(
+            handle, request_id, checked.token_ids, without_text, bad_words, checked.priority, checked.cache_salt, pooling
         )
+        if self.facts.has_checkpoint:
+            message.stop, message.origin = tuple(params.stop), origin
+        self._send(message)
         self._requests[request_id] = request
         self._completions.update((completion.handle, completion) for completion in request.completions)
         return request

@@ -28,7 +28,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.engine_process import EngineProcess, ServedEngine, traceback_of
 from nanovllm.engine.messages import EngineFacts, Failure, LastWords, encode
 from nanovllm.errors import NanoVllmError
-from nanovllm.log import configure_logging, logger
+from nanovllm.log import DegradationCounter, configure_logging, logger
 
 HELLO_SECONDS = 5.0  # to wait for somebody who can be told that the start has failed
 
@@ -79,10 +79,11 @@ def main(builder: str) -> None:
 
 
 def run(builder: str, config: EngineConfig, socket: zmq.Socket, folder: Path, options: dict[str, Any]) -> None:
+    degradations = DegradationCounter()
     try:
         module, _, name = builder.partition(":")
         served = getattr(importlib.import_module(module), name)(config, **options)
-        process = EngineProcess(served, socket, folder)
+        process = EngineProcess(served, socket, folder, degradations.counts)
     except BaseException as error:
         refuse_to_start(socket, error)
         sys.exit(1)

@@ -45,7 +45,7 @@ from nanovllm.engine.messages import (
 )
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import NanoVllmError, RequestError
-from nanovllm.log import logger
+from nanovllm.log import degraded, logger
 from nanovllm.outputs import GenerationOutput
 from nanovllm.tokenizer import Tokenizer
 
@@ -54,6 +54,7 @@ SIGN_OF_LIFE_SECONDS = 1.0  # between two messages to a front end, at most
 RETRY_SECONDS = 0.02  # after a front end's queue was full
 MAX_STALL_SECONDS = 60.0  # without taking a message; then the front end's requests are aborted
 MAX_PROFILE_SECONDS = 60.0
+SHORTAGE_SECONDS = 60.0  # between two lines about a full KV cache, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,8 @@ class ServedEngine:
     facts: EngineFacts
     calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # more `Call`s: f(number of the front end, **arguments)
     on_end: Callable[[BaseException | None], None] | None = None  # the loop has ended, with what error
+    on_accept: Callable[[str, AddRequest], None] | None = None  # the engine has taken a request, under this id
+    adopt: Callable[[int, list[str]], list[str]] | None = None  # a front end has died: which of its requests go on
 
 
 @dataclass(slots=True, eq=False)
@@ -129,6 +132,7 @@ class Counters:
     def __init__(self) -> None:
         self.num_steps = self.num_generated_tokens = self.num_computed_tokens = self.num_preemptions = 0
         self.forward_ns = self.schedule_ns = self.apply_ns = 0
+        self._told_time = -SHORTAGE_SECONDS
         self.result_time = 0.0  # when the last step's result was on the host, seconds of the engine's clock
 
     def on_event(self, event: Event) -> None:
@@ -143,17 +147,22 @@ class Counters:
             self.schedule_ns += event.schedule_ns
         elif isinstance(event, SequencePreempted):
             self.num_preemptions += 1
+            if event.time - self._told_time >= SHORTAGE_SECONDS:
+                self._told_time = event.time
+                degraded("kv_cache_full", "%s is computed again; %d preemptions so far", event.request_id, self.num_preemptions)
 
 
 class EngineProcess:
     """The loop around one engine, on one ROUTER socket."""
 
-    def __init__(self, served: ServedEngine, socket: zmq.Socket, folder: Path) -> None:
+    def __init__(self, served: ServedEngine, socket: zmq.Socket, folder: Path, degradations: Mapping[str, int]) -> None:
         self._engine, self._served = served.engine, served
         self._ready = encode(Ready(served.facts, TokenizerMessage.of(served.tokenizer)))
         self._socket = socket
         self._folder = folder
+        self._degradations = degradations  # live counts by reason
         self._frontends: dict[bytes, Frontend] = {}
+        self._gone: list[Frontend] = []  # found to be gone; what they sent before is still to be read
         self._requests: dict[str, OpenRequest] = {}  # by the engine's request id
         self._num_frontends = self._num_prompt_tokens = self._num_requests = 0
         self._counters = Counters()
@@ -166,6 +175,8 @@ class EngineProcess:
         try:
             while not self._is_closing:
                 self._receive()
+                if self._gone:
+                    self._forget_gone()
                 if self._engine.has_work:
                     self._step()
                 self._send()
@@ -235,6 +246,7 @@ class EngineProcess:
         elif isinstance(message, Call):
             self._answer(frontend, message)
         elif isinstance(message, Goodbye):
+            self._abort_all(frontend)
             self._forget(frontend)
 
     def _welcome(self, identity: bytes) -> None:
@@ -266,6 +278,8 @@ class EngineProcess:
                 logger.exception("the admission of request %s failed", request_id)
             frontend.news().refused.append(Refused(message.handle, Failure.of(error)))
             return
+        if self._served.on_accept is not None:
+            self._served.on_accept(request_id, message)
         request = OpenRequest(frontend, message.handle, request_id, [0] * message.params.n)
         frontend.requests[message.handle] = self._requests[request_id] = request
         self._num_requests += 1
@@ -284,9 +298,18 @@ class EngineProcess:
         del request.frontend.requests[request.handle], self._requests[request.request_id]
 
     def _forget(self, frontend: Frontend) -> None:
-        """It has gone: end what it left behind."""
+        """It has gone. What it left behind ends, or goes on without it."""
+        if self._served.adopt is not None:
+            for name in self._served.adopt(frontend.number, [request.request_id for request in frontend.requests.values()]):
+                self._close(self._requests[name])
         self._abort_all(frontend)
         del self._frontends[frontend.identity]
+
+    def _forget_gone(self) -> None:
+        gone, self._gone = self._gone, []
+        for frontend in gone:
+            if frontend.identity in self._frontends:  # else its goodbye has come meanwhile
+                self._forget(frontend)
 
     def _abort_all(self, frontend: Frontend) -> None:
         if frontend.requests:
@@ -325,7 +348,8 @@ class EngineProcess:
             elif now - frontend.stalled_time > MAX_STALL_SECONDS:
                 self._abort_all(frontend)
         except zmq.ZMQError:  # EHOSTUNREACH: the connection is gone
-            self._forget(frontend)
+            frontend.outputs = None
+            self._gone.append(frontend)
         else:
             frontend.outputs, frontend.sent_time, frontend.stalled_time = None, now, None
 
@@ -372,7 +396,8 @@ class EngineProcess:
             "num_prefix_queried_tokens": blocks.stats.num_queried_tokens,
             "num_prefix_hit_tokens": blocks.stats.num_hit_tokens,
             "num_prefix_evictions": blocks.stats.num_evictions,
-            **vars(self._counters),
+            **{f"num_degraded_{reason}": number for reason, number in self._degradations.items()},
+            **{name: value for name, value in vars(self._counters).items() if not name.startswith("_")},
         }
 
     def _set_limits(self, **limits: Any) -> dict[str, Any]:

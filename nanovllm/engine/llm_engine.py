@@ -203,19 +203,9 @@ class LLMEngine:
 
     def _note_dispatch(self, batch: Any, schedule_ns: int) -> None:
         scheduler = self.scheduler
-        event = StepDispatched(
-            self._clock(),
-            batch.step,
-            len(batch.rows),
-            batch.num_tokens,
-            len(batch.sampled_chunks),
-            len(scheduler.waiting),
-            len(scheduler.running),
-            scheduler.block_manager.num_free_blocks,
-            schedule_ns,
-            batch,
-        )
-        self.events.emit(event)
+        work = len(batch.rows), batch.num_tokens, len(batch.sampled_chunks)
+        state = len(scheduler.waiting), len(scheduler.running), scheduler.block_manager.num_free_blocks
+        self.events.emit(StepDispatched(self._clock(), batch.step, *work, *state, schedule_ns, batch))
 
     def _check_alive(self) -> None:
         if self._failure is not None:

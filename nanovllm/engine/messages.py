@@ -39,6 +39,7 @@ class EngineFacts:
     config: dict[str, Any]  # the `EngineConfig`, every "auto" decided
     pid: int  # of the engine process
     spec: dict[str, Any] = field(default_factory=dict)  # the `ModelSpec`
+    has_checkpoint: bool = False  # it keeps a journal: requests survive its crash
 
 
 class TokenizerMessage(msgspec.Struct):
@@ -95,7 +96,16 @@ class Hello(msgspec.Struct, tag="hello"):
     """The first message; answered by `Ready` when the model is loaded."""
 
 
-class AddRequest(msgspec.Struct, tag="add"):
+class Origin(msgspec.Struct, frozen=True, array_like=True):
+    """Whose a request is, for an engine that keeps answers which a crash has cut off from their clients."""
+
+    owner: str = ""  # who may ask for it
+    name: str = ""  # what the client calls it
+    path: str = ""  # the route that it came through
+    number: int = 0  # which prompt of the client's call
+
+
+class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
     """Without stop strings and bad words in `params`: text stays in the front end."""
 
     handle: int  # of completion 0
@@ -106,6 +116,8 @@ class AddRequest(msgspec.Struct, tag="add"):
     priority: int
     cache_salt: str
     pooling: str | None = None  # "mean", "last": the answer is a vector
+    stop: tuple[str, ...] = ()  # stop strings, and
+    origin: Origin | None = None  # only to an engine that keeps a journal
 
 
 class Abort(msgspec.Struct, tag="abort"):

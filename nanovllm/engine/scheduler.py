@@ -76,6 +76,11 @@ class Scheduler:
             self._siblings[first.seq_id] = others
         insort(self.waiting, first, key=self.policy.rank)
 
+    def resume(self, sequence: Sequence, token_ids: list[int]) -> None:
+        """Before its first step: it drew these tokens in an earlier process, and goes on as after a preemption."""
+        sequence.num_preemptions += 1
+        self._append(sequence, token_ids)
+
     def set_limits(self, **changes: Any) -> SchedulerLimits:
         """Change limits between two steps. `max_num_seqs` cannot exceed what the engine was started with."""
         for name in changes:

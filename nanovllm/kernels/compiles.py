@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from nanovllm.kernels.triton_language import HAS_TRITON
-from nanovllm.log import logger
+from nanovllm.log import degraded, logger
 
 COMPILE_THREADS = 8
 INDEX_KERNELS = ("nanovllm.kernels.gather_inputs",)  # modules whose results are indices: they run in a rehearsal too
@@ -59,7 +59,7 @@ def watch_compiles() -> list[str]:
 
     def note(*arguments: Any, **facts: Any) -> Any:
         names.append(str(facts.get("repr", "kernel")))
-        logger.warning("kernel compiled after start-up, a step waited for it: %s", names[-1])
+        degraded("late_compile", "kernel compiled after start-up, a step waited for it: %s", names[-1])
         return previous(*arguments, **facts) if previous is not None else None
 
     knobs.runtime.jit_post_compile_hook = note

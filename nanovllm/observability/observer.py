@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import signal
 import threading
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -102,11 +103,17 @@ def open_sinks(options: ObservabilityOptions, model: str) -> list[Sink]:
 # --- in the engine process of a server
 
 
-def build(config: EngineConfig, inner: str, options: dict[str, Any], model: str | None = None) -> ServedEngine:
+def build(
+    config: EngineConfig,
+    inner: str,
+    options: dict[str, Any],
+    model: str | None = None,
+    inner_options: dict[str, Any] | None = None,
+) -> ServedEngine:
     """The engine of the builder `inner`, observed. `model`: what clients call it."""
     module, _, name = inner.partition(":")
     observability = ObservabilityOptions(**options)
-    served: ServedEngine = getattr(importlib.import_module(module), name)(config)
+    served: ServedEngine = getattr(importlib.import_module(module), name)(config, **(inner_options or {}))
     observer = observe(served.engine, observability, model or served.facts.model or "model", joins=True)
     if observer.recorder is not None:
         facts = served.facts
@@ -124,8 +131,13 @@ def build(config: EngineConfig, inner: str, options: dict[str, Any], model: str 
     def inspector(frontend: int, after: int | None) -> dict[str, Any]:
         return news(observer.need_recorder(), served.engine.scheduler, after)
 
-    calls = {"note_request": note_request, "flight_record": flight_record, "inspector": inspector}
-    return ServedEngine(served.engine, served.tokenizer, served.facts, calls, observer.close)
+    def on_end(error: BaseException | None) -> None:
+        observer.close(error)
+        if served.on_end is not None:
+            served.on_end(error)
+
+    calls = {**served.calls, "note_request": note_request, "flight_record": flight_record, "inspector": inspector}
+    return replace(served, calls=calls, on_end=on_end)
 
 
 def _on_signal(observer: Observer, number: int, frame: FrameType | None) -> None:

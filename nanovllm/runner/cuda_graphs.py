@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nanovllm.attention.triton_paged import ITEM_FIELDS, TritonAttention, TritonPlan, plan_decodes, plan_prompts
 from nanovllm.engine.batch import ScheduledBatch
-from nanovllm.log import logger
+from nanovllm.log import degraded, logger
 
 
 @dataclass(slots=True)
@@ -176,11 +176,11 @@ class CudaGraphs:
             try:
                 self._capture(bucket)
             except torch.OutOfMemoryError:
-                logger.warning("no memory for the CUDA graph of %d tokens: larger steps run eagerly", bucket.num_tokens)
+                degraded("graph_memory", "none for the CUDA graph of %d tokens: larger steps run eagerly", bucket.num_tokens)
                 torch.cuda.empty_cache()
                 break
             except RuntimeError as error:
-                logger.warning("CUDA graphs are off, steps run eagerly: %s", error)
+                degraded("cuda_graphs", "they are off, steps run eagerly: %s", error)
                 self._graphs.clear()
                 break
         logger.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.perf_counter() - started)

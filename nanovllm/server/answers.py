@@ -85,6 +85,7 @@ def begin(
             priority=priority,
             cache_salt=salt,
             request_id=f"{identity.id}-{number}" if is_named else None,
+            number=number,
         )
         for number, prompt in enumerate(prompts)
     ]

@@ -47,6 +47,7 @@ ENDPOINT_MODULES = (
     "embeddings",
     "tokenize",
     "models",
+    "restored",
     "anthropic",
     "openapi",
     "page",

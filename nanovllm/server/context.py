@@ -23,6 +23,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from nanovllm.engine.messages import Origin
 from nanovllm.errors import RequestError
 from nanovllm.log import logger
 from nanovllm.outputs import GenerationOutput
@@ -96,10 +97,12 @@ class Server:
         priority: int = 0,
         cache_salt: str | None = None,
         request_id: str | None = None,
+        number: int = 0,
     ) -> AsyncIterator[GenerationOutput]:
         """Through admission into the engine; yields the live output whenever it has grown. Closing it aborts.
 
         Errors of the door are raised by the first step: `RequestError`, `QueueFull` (429), `Unavailable` (503).
+        `number`: of this prompt among those of the client's call.
         """
         key = self.key_of(request)
         name = request_id or f"{request.state.request_id}-{next(self._numbers)}"
@@ -117,6 +120,7 @@ class Server:
                 request_id=name,
                 priority=self._engine_priority(key, priority),
                 cache_salt=self.salt(key, cache_salt),
+                origin=Origin(key.salt, request.state.request_id, request.scope["path"], number),
             )
             async with aclosing(stream):  # type: ignore[type-var]
                 async for output in stream:

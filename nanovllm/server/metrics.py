@@ -16,6 +16,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
+from nanovllm.log import DEGRADATIONS
 from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -300,6 +301,12 @@ def _of_engine(counts: Snapshot, stats: Mapping[str, Any], model_name: str, conf
             counter = CounterMetricFamily(name, text, labels=["model_name", "engine"])
             counter.add_metric([model_name, "0"], stats[key] * factor)
             yield counter
+    text = "times that something became worse than asked for, by reason; the log has a line for each"
+    degradations = CounterMetricFamily("nanovllm:degradations", text, labels=["model_name", "engine", "reason"])
+    for reason in DEGRADATIONS:
+        if (number := stats.get(f"num_degraded_{reason}")) is not None:
+            degradations.add_metric([model_name, "0", reason], number)
+    yield degradations
 
 
 def _gauge(name: str, text: str, model_name: str, value: float) -> Any:

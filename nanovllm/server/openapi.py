@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import nanovllm
-from nanovllm.server import anthropic_protocol, protocol, responses_protocol
+from nanovllm.server import anthropic_protocol, protocol, responses_protocol, restored
 from nanovllm.server.respond import json_response
 
 STREAMS = "With `stream: true` the answer is `text/event-stream`."
@@ -64,6 +64,14 @@ OPERATIONS = [
     ),
     Operation("get", "/v1/models", "The model of this server", reply=protocol.ModelList),
     Operation("get", "/v1/models/{model}", "One model", reply=protocol.Model, parameters=("model",)),
+    Operation("get", "/v1/restored", "What was restored after a crash, of this key", reply=restored.RestoredList),
+    Operation(
+        "get",
+        "/v1/restored/{request_id}",
+        "The answers of one restored call, by its x-request-id",
+        reply=restored.RestoredList,
+        parameters=("request_id",),
+    ),
     Operation("post", "/tokenize", "Text or a chat to token ids", protocol.TokenizeRequest, protocol.TokenizeResponse),
     Operation("post", "/detokenize", "Token ids to text", protocol.DetokenizeRequest, protocol.DetokenizeResponse),
     Operation("get", "/health", "200 while the engine lives", is_open=True),

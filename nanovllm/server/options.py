@@ -38,6 +38,10 @@ class ServerOptions:
     max_connections: int = 20000  # open connections of one front end; more are answered 503
     max_stream_buffer: int = 262144  # bytes of a stream that wait for a slow client; it reads on when they are taken
 
+    # --- crashes
+    checkpoint: str | None = None  # file from which accepted requests go on after a crash; see docs/server/crashes.md
+    checkpoint_keep_s: float = 3600.0  # seconds that the answers of such requests are kept for their clients
+
     # --- size
     max_body_bytes: int = 8388608  # of one request
     max_header_bytes: int = 32768  # of one request, all headers together

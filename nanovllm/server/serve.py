@@ -24,8 +24,9 @@ from nanovllm.child_process import child_command
 from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.errors import ConfigError
 from nanovllm.log import logger
-from nanovllm.observability.observer import BUILDER, DEFAULT_BUILDER
+from nanovllm.observability.observer import BUILDER as OBSERVER, DEFAULT_BUILDER
 from nanovllm.observability.options import ObservabilityOptions
+from nanovllm.recovery.keeper import checkpointed
 from nanovllm.server.app import create_app
 from nanovllm.server.auth import Keyring
 from nanovllm.server.context import served_name
@@ -37,6 +38,8 @@ YOUNG_S = 5.0  # a front end that dies younger than this would do it again
 
 def serve(options: ServerOptions, engine_options: dict[str, Any], observability: ObservabilityOptions | None = None) -> int:
     """Run until a signal or the death of the engine; returns the exit status. Raises `ConfigError`, `ModelError`."""
+    if options.checkpoint is not None:
+        engine_options = {**engine_options, **checkpointed(options.checkpoint, options.checkpoint_keep_s, engine_options)}
     if observability is not None and observability.is_on:
         options = replace(options, tells_requests=observability.tells_requests)
         engine_options = {**engine_options, **observed(options, engine_options, observability)}
@@ -54,9 +57,10 @@ def serve(options: ServerOptions, engine_options: dict[str, Any], observability:
 
 def observed(options: ServerOptions, engine_options: dict[str, Any], observability: ObservabilityOptions) -> dict[str, Any]:
     """Options of `AsyncEngine.start` for an engine with listeners."""
-    inner = engine_options.get("builder", DEFAULT_BUILDER)
+    inner, inner_options = engine_options.get("builder", DEFAULT_BUILDER), engine_options.get("builder_options", {})
     model = served_name(options, engine_options.get("model"))
-    return {"builder": BUILDER, "builder_options": {"inner": inner, "options": observability.as_dict(), "model": model}}
+    of_observer = {"inner": inner, "inner_options": inner_options, "options": observability.as_dict(), "model": model}
+    return {"builder": OBSERVER, "builder_options": of_observer}
 
 
 # --- one process

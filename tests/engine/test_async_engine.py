@@ -722,7 +722,7 @@ def test_one_that_does_not_read_for_too_long_has_its_requests_aborted(tmp_path, 
         stranger.setsockopt(zmq.RCVTIMEO, 10_000)
         router.bind(f"ipc://{tmp_path}/s")
         stranger.connect(f"ipc://{tmp_path}/s")
-        process = engine_process.EngineProcess(served, router, tmp_path)
+        process = engine_process.EngineProcess(served, router, tmp_path, {})
         thread = threading.Thread(target=process.serve)
         thread.start()
         stranger.send(encode(Hello()))

@@ -26,6 +26,7 @@ from nanovllm.kernels.cpu.packing import (
 )
 from nanovllm.loaders.gguf_blocks import dequantize
 from nanovllm.loaders.gguf_file import TENSOR_TYPES, TensorType
+from nanovllm.log import logger
 from nanovllm.platforms.cpu import cpu_flags
 
 HERE = [name for name, (needed, _) in build.INSTRUCTION_SETS.items() if needed <= cpu_flags()]
@@ -166,7 +167,7 @@ class TestBuilding:
 
     def test_without_a_compiler_says_so_and_gives_nothing(self, monkeypatch, caplog):
         monkeypatch.setenv("CXX", "no-such-compiler")
-        monkeypatch.setattr(build.logger, "propagate", True)
+        monkeypatch.setattr(logger, "propagate", True)
         with caplog.at_level("INFO"):
             assert build.load_step() is None
         assert "no C++ compiler" in caplog.text

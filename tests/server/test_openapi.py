@@ -12,9 +12,9 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
 
-from nanovllm.server import anthropic, chat, completions, embeddings, load, models, openapi, responses, tokenize
+from nanovllm.server import anthropic, chat, completions, embeddings, load, models, openapi, responses, restored, tokenize
 
-MODULES = (anthropic, chat, completions, embeddings, load, models, openapi, responses, tokenize)
+MODULES = (anthropic, chat, completions, embeddings, load, models, openapi, responses, restored, tokenize)
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 BUDGETS = {  # what bounds the work of a request
     "/v1/completions": "max_tokens",

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 
 from nanovllm.errors import ConfigError
-from nanovllm.log import logger
+from nanovllm.log import degraded
 from nanovllm.platforms.cpu import cpu_flags
 
 SOURCE = Path(__file__).with_name("step.cpp")
@@ -50,13 +50,13 @@ def load_step(instruction_set: str | None = None, extra_flags: tuple[str, ...] =
     instruction_set = instruction_set or best_instruction_set()
     compiler = find_compiler()
     if compiler is None:
-        logger.info("no C++ compiler (%s): the torch path runs, not the compiled step", ", ".join(COMPILERS))
+        degraded("compiled_step", "no C++ compiler (%s): the torch path runs", ", ".join(COMPILERS))
         return None
     try:
         return ctypes.CDLL(str(build(compiler, instruction_set, extra_flags)))
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        logger.warning("%s did not build the compiled step (%s): the torch path runs", compiler, reason[0] if reason else error)
+        degraded("compiled_step", "%s did not build it (%s): the torch path runs", compiler, reason[0] if reason else error)
         return None
 
 
