@@ -26,7 +26,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.policy import make_policy
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.errors import ConfigError, InvalidPrompt, RequestError
+from nanovllm.errors import NONFINITE_LOGITS, ConfigError, InvalidPrompt, NotFinite, RequestError
 from nanovllm.executor.in_process import InProcessExecutor
 from nanovllm.kernels.compiles import compile_ahead, watch_compiles
 from nanovllm.kernels.cpu.build import best_instruction_set, load_step
@@ -112,6 +112,9 @@ class LLM:
         """The vectors of one prompt or many: the mean of the final hidden states of its tokens, or the last one."""
         prompts = _as_list(prompts)
         outputs = self.engine.generate(prompts, priority=priority, cache_salt=cache_salt, pooling=pooling, use_tqdm=use_tqdm)
+        for output in outputs:
+            if output.completions[0].finish_reason == "error":
+                raise NotFinite(f"the vector of {output.request_id}: {NONFINITE_LOGITS}")
         return [EmbeddingOutput(output.embedding or [], len(output.prompt_token_ids)) for output in outputs]
 
     def chat(

@@ -139,7 +139,8 @@ def live_server(*options: str) -> Iterator[LiveServer]:
     assert status == 0, "".join(log[-20:])
 
 
-def write_tiny_model(folder: Path) -> Path:
+def write_tiny_model(folder: Path, poison: int | None = None) -> Path:
+    """`poison`: a token whose embedding is NaN; the output head is then a matrix of its own."""
     checkpoint = open_checkpoint(None)
     parts = load_tokenizer(checkpoint).parts
     folder.mkdir(parents=True)
@@ -156,7 +157,7 @@ def write_tiny_model(folder: Path) -> Path:
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": poison is None,
         "torch_dtype": "float32",
         "eos_token_id": sorted(parts.end_token_ids),
     }
@@ -180,7 +181,9 @@ def write_tiny_model(folder: Path) -> Path:
         "model.layers.0.mlp.up_proj.weight": (64, 64),
         "model.layers.0.mlp.down_proj.weight": (64, 64),
     }
-    save_file(
-        {name: torch.randn(shape, generator=generator) * 0.5 for name, shape in shapes.items()}, folder / "model.safetensors"
-    )
+    tensors = {name: torch.randn(shape, generator=generator) * 0.5 for name, shape in shapes.items()}
+    if poison is not None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.embed_tokens.weight"][poison] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
     return folder

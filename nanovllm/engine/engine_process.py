@@ -44,7 +44,7 @@ from nanovllm.engine.messages import (
     encode,
 )
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import NanoVllmError, RequestError
+from nanovllm.errors import NONFINITE_LOGITS, NanoVllmError, RequestError
 from nanovllm.log import logger
 from nanovllm.outputs import GenerationOutput
 from nanovllm.tokenizer import Tokenizer
@@ -155,7 +155,7 @@ class EngineProcess:
         self._folder = folder
         self._frontends: dict[bytes, Frontend] = {}
         self._requests: dict[str, OpenRequest] = {}  # by the engine's request id
-        self._num_frontends = self._num_prompt_tokens = self._num_requests = 0
+        self._num_frontends = self._num_prompt_tokens = self._num_requests = self._num_nonfinite = 0
         self._counters = Counters()
         self._engine.events.listeners.append(self._counters)
         self._profile: Profile | None = None
@@ -306,6 +306,8 @@ class EngineProcess:
                 request.tell(output, self._counters.result_time)
                 if output.finished:
                     self._close(request)
+                    reasons = [completion.stop_reason for completion in output.completions]
+                    self._num_nonfinite += reasons.count(NONFINITE_LOGITS)
 
     def _send(self) -> None:
         now = time.monotonic()
@@ -369,6 +371,7 @@ class EngineProcess:
             "num_free_blocks": blocks.num_free_blocks,
             "num_kv_blocks": blocks.num_blocks,
             "num_prompt_tokens": self._num_prompt_tokens,
+            "num_nonfinite_logits": self._num_nonfinite,
             "num_prefix_queried_tokens": blocks.stats.num_queried_tokens,
             "num_prefix_hit_tokens": blocks.stats.num_hit_tokens,
             "num_prefix_evictions": blocks.stats.num_evictions,
