@@ -188,6 +188,13 @@ class AsyncEngine:
     def is_alive(self) -> bool:
         return self._connection.is_alive
 
+    def watch(self, max_silence: float) -> None:
+        """Take the engine for dead, and end its process if it is ours, when it is silent for `max_silence` seconds.
+
+        It speaks between two steps, so this must exceed the longest step. Without it a hung engine is waited for.
+        """
+        self._connection.watch(max_silence)
+
     async def wait_dead(self) -> BaseException:
         """Return when the engine is no more: died or closed."""
         await asyncio.shield(self._connection.dead)
