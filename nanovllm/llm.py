@@ -72,6 +72,7 @@ class BuiltEngine:
     memory_plan: MemoryPlan
     platform: Platform
     eos_token_ids: tuple[int, ...]
+    grammar: Grammar | None
     startup: dict[str, float]  # where the seconds went
 
 
@@ -315,7 +316,7 @@ def build_engine(
         num_steps_ahead=config.num_steps_ahead or 0,
         seed=config.seed,
     )
-    return BuiltEngine(engine, config, spec, plan, platform, tuple(eos_token_ids), watch.laps)
+    return BuiltEngine(engine, config, spec, plan, platform, tuple(eos_token_ids), grammar, watch.laps)
 
 
 def make_model(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> Decoder | CompiledDecoder:

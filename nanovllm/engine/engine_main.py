@@ -53,7 +53,7 @@ def build(config: EngineConfig) -> ServedEngine:
         config=dataclasses.asdict(built.config),
         pid=os.getpid(),
     )
-    return ServedEngine(built.engine, tokenizer, facts)
+    return ServedEngine(built.engine, tokenizer, facts, built.grammar)
 
 
 def main(builder: str) -> None:

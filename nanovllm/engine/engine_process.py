@@ -14,9 +14,10 @@ import dataclasses
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import zmq
@@ -47,6 +48,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import NONFINITE_LOGITS, NanoVllmError, RequestError
 from nanovllm.log import logger
 from nanovllm.outputs import GenerationOutput
+from nanovllm.structured.base import Grammar
 from nanovllm.tokenizer import Tokenizer
 
 MAX_MESSAGES_PER_TURN = 256  # so that a flood of requests delays the running ones by milliseconds only
@@ -63,6 +65,7 @@ class ServedEngine:
     engine: LLMEngine
     tokenizer: Tokenizer
     facts: EngineFacts
+    grammar: Grammar | None = None  # of the engine: here it compiles on a thread, before a request is added
     calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # more `Call`s: f(number of the front end, **arguments)
     on_end: Callable[[BaseException | None], None] | None = None  # the loop has ended, with what error
 
@@ -123,6 +126,14 @@ class OpenRequest:
                 message.ended.append(ended)
 
 
+class Compiling(NamedTuple):
+    """A request that waits for its grammar."""
+
+    frontend: Frontend
+    message: AddRequest
+    future: Future[Any]
+
+
 class Counters:
     """A listener that adds up what happened since the start. Times are nanoseconds."""
 
@@ -159,6 +170,8 @@ class EngineProcess:
         self._counters = Counters()
         self._engine.events.listeners.append(self._counters)
         self._profile: Profile | None = None
+        self._compiling: dict[tuple[bytes, int], Compiling] = {}  # by front end and handle: requests that wait for their grammar
+        self._compiler = ThreadPoolExecutor(1, "nanovllm-grammars")
         self._is_closing = False
 
     def serve(self) -> None:
@@ -166,6 +179,7 @@ class EngineProcess:
         try:
             while not self._is_closing:
                 self._receive()
+                self._add_compiled()
                 if self._engine.has_work:
                     self._step()
                 self._send()
@@ -178,6 +192,7 @@ class EngineProcess:
         else:
             self._end(None)
         finally:
+            self._compiler.shutdown(wait=False, cancel_futures=True)
             self._engine.close()
 
     def _end(self, error: BaseException | None) -> None:
@@ -219,7 +234,7 @@ class EngineProcess:
         if self._profile is not None:
             return min(max(0.0, self._profile.end_time - time.monotonic()), SIGN_OF_LIFE_SECONDS)
         has_news = any(frontend.outputs is not None for frontend in self._frontends.values())
-        return RETRY_SECONDS if has_news else SIGN_OF_LIFE_SECONDS
+        return RETRY_SECONDS if has_news or self._compiling else SIGN_OF_LIFE_SECONDS
 
     def _take(self, identity: bytes, message: Any) -> None:
         if isinstance(message, Hello):
@@ -228,6 +243,9 @@ class EngineProcess:
             self._is_closing = True
         elif (frontend := self._frontends.get(identity)) is None:
             logger.warning("a message of a front end that is not connected is ignored")
+        elif isinstance(message, AddRequest) and message.params.structured is not None and self._served.grammar is not None:
+            future = self._compiler.submit(self._served.grammar.compile, message.params.structured)
+            self._compiling[identity, message.handle] = Compiling(frontend, message, future)
         elif isinstance(message, AddRequest):
             self._add(frontend, message)
         elif isinstance(message, Abort):
@@ -246,10 +264,19 @@ class EngineProcess:
         except zmq.ZMQError:
             self._forget(self._frontends[identity])
 
-    def _add(self, frontend: Frontend, message: AddRequest) -> None:
-        """Whatever goes wrong here is the answer to this request, and nobody else's."""
+    def _add_compiled(self) -> None:
+        """The requests whose grammar has been compiled meanwhile; the engine finds it among those that it keeps."""
+        for place, waiting in list(self._compiling.items()):
+            if waiting.future.done():
+                del self._compiling[place]
+                self._add(waiting.frontend, waiting.message, waiting.future.exception())
+
+    def _add(self, frontend: Frontend, message: AddRequest, failure: BaseException | None = None) -> None:
+        """Whatever goes wrong here, or went wrong before, is the answer to this request, and nobody else's."""
         request_id = f"{frontend.number}/{message.request_id}"
         try:
+            if failure is not None:
+                raise failure
             if message.handle in frontend.requests:
                 raise RequestError(f"handle {message.handle} is in use")
             self._engine.add_request(
@@ -273,9 +300,10 @@ class EngineProcess:
 
     def _abort(self, frontend: Frontend, message: Abort) -> None:
         """The front end has closed what it aborts: it gets no answer."""
+        self._compiling.pop((frontend.identity, message.handle), None)
         request = frontend.requests.get(message.handle)
         if request is None:
-            return  # ended meanwhile
+            return  # ended meanwhile, or has not begun
         output = self._engine.abort(request.request_id, message.index)
         if output is None or output.finished:
             self._close(request)
@@ -285,6 +313,7 @@ class EngineProcess:
 
     def _forget(self, frontend: Frontend) -> None:
         """It has gone: end what it left behind."""
+        self._compiling = {place: one for place, one in self._compiling.items() if one.frontend is not frontend}
         self._abort_all(frontend)
         del self._frontends[frontend.identity]
 
@@ -363,7 +392,7 @@ class EngineProcess:
         scheduler = self._engine.scheduler
         blocks = scheduler.block_manager
         return {
-            "num_waiting": len(scheduler.waiting),
+            "num_waiting": len(scheduler.waiting) + len(self._compiling),
             "num_running": len(scheduler.running),
             "num_requests": self._num_requests,
             "num_open_requests": len(self._requests),

@@ -9,6 +9,7 @@ they know of each request (`note_request`), and the flight record can be asked f
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import signal
 import threading
@@ -115,7 +116,7 @@ def build(config: EngineConfig, inner: str, options: dict[str, Any], model: str 
         return observer.dump("asked for")
 
     calls = {"note_request": note_request, "flight_record": flight_record}
-    return ServedEngine(served.engine, served.tokenizer, served.facts, calls, observer.close)
+    return dataclasses.replace(served, calls=calls, on_end=observer.close)
 
 
 def _on_signal(observer: Observer, number: int, frame: FrameType | None) -> None:

@@ -31,7 +31,7 @@ from nanovllm.server.admission import Admission, Ticket, queue_timed_out
 from nanovllm.server.auth import Key
 from nanovllm.server.body import parse_body, read_body
 from nanovllm.server.errors import BadField, ClientGone, DeadlineExceeded, HttpError, Unavailable, error_event
-from nanovllm.server.grammars import Grammars
+from nanovllm.server.grammars import KEY, Grammars
 from nanovllm.server.metrics import Metrics, RequestRecord, Snapshot
 from nanovllm.server.options import ServerOptions
 from nanovllm.server.shared import PERIOD_S, SharedFolder
@@ -82,6 +82,7 @@ class Server:
         `refused`: field -> why it is not supported; allowed only where it is null. Unknown fields are errors.
         """
         body = await read_body(request, self.options)
+        KEY.set(self.key_of(request).name)
         request.state.body_size = len(body)  # how long all that follows may take
         return await parse_body(body, struct_type, refused, self.options)
 
