@@ -49,6 +49,9 @@ class ServerOptions:
     max_n: int = 128  # completions per prompt
     max_messages: int = 4096  # of one conversation
     max_tools: int = 128  # of one request
+    max_logprobs: int = 4194304  # candidates of one request's completions, if all become as long as they may
+    max_prompt_logprobs: int = 1048576  # candidates of one request's prompts; about 100 MB while they are made
+    max_open_logprobs: int = 8388608  # candidates of all requests under way, both kinds together; more get 429
     max_schema_bytes: int = 65536  # of one JSON schema, regular expression or grammar
     grammar_timeout_s: float = 5.0  # seconds for compiling a grammar
 

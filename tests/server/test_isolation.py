@@ -18,6 +18,7 @@ POISONED = {**HEALTHY, "prompt": [5, 6, 7, POISON]}
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = write_tiny_model(tmp_path_factory.mktemp("models") / "poisoned", poison=POISON)
     options = ("--max-model-len", "256", "--kv-cache-memory-bytes", str(2**22), "--num-threads", "1")
+    options += ("--max-logprobs", "600", "--max-prompt-logprobs", "50", "--max-open-logprobs", "900")
     with live_server("--model", str(folder), *options) as server:
         yield server
 
@@ -73,3 +74,17 @@ def test_other_protocols_say_it_in_their_way(poisoned):
     assert poisoned.post("/v1/chat/completions", {**chat, "stream": True}).events[-1]["error"]["code"] == "nonfinite_logits"
     assert poisoned.post("/v1/chat/completions", chat).error["code"] == "nonfinite_logits"
     assert poisoned.get("/health").status == 200
+
+
+def test_log_probabilities_of_one_request_and_of_all_together_are_bounded(poisoned):
+    body = {**HEALTHY, "max_tokens": 100, "n": 3, "logprobs": 1}
+    with ThreadPoolExecutor(6) as threads:
+        replies = list(threads.map(lambda body: poisoned.post("/v1/completions", body), [body] * 6))
+    statuses = {reply.status for reply in replies}
+    assert statuses == {200, 429}, "two at once are more than max_open_logprobs"
+    refused = next(reply for reply in replies if reply.status == 429)
+    assert refused.error["code"] == "logprobs_full" and int(refused.headers["retry-after"]) >= 1
+    assert poisoned.post("/v1/completions", body).status == 200, "what has ended is given back"
+    for change, field in (({"n": 4}, "logprobs"), ({"n": 1, "prompt_logprobs": 19}, "prompt_logprobs")):
+        error = poisoned.post("/v1/completions", {**body, **change}).error
+        assert error["param"] == field and f"max_{field}=" in error["message"]
