@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for parser in _all_parsers(self) for flag in parser._option_string_actions]
