@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -88,3 +89,24 @@ def test_log_probabilities_of_one_request_and_of_all_together_are_bounded(poison
     for change, field in (({"n": 4}, "logprobs"), ({"n": 1, "prompt_logprobs": 19}, "prompt_logprobs")):
         error = poisoned.post("/v1/completions", {**body, **change}).error
         assert error["param"] == field and f"max_{field}=" in error["message"]
+
+
+def test_the_priority_of_a_request_changes_the_order(tmp_path):
+    """One place: a long request holds it, then an unhurried one comes, then an urgent one."""
+    options = ("--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**23), "--num-threads", "1", "--max-num-seqs", "1")
+    with live_server("--model", str(write_tiny_model(tmp_path / "tiny")), *options, "--scheduling-policy", "priority") as server:
+        ended: list[int] = []
+
+        def ask(priority: int, max_tokens: int) -> None:
+            body = {"prompt": [5, 6, 7], "max_tokens": max_tokens, "ignore_eos": True, "priority": priority}
+            assert server.post("/v1/completions", body).status == 200
+            ended.append(priority)
+
+        with ThreadPoolExecutor(3) as threads:
+            running = [threads.submit(ask, -100, 900)]
+            for priority in (5, -5):
+                time.sleep(0.15)
+                running.append(threads.submit(ask, priority, 60))
+            for one in running:
+                one.result()
+    assert ended == [-100, -5, 5]
