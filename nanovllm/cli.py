@@ -26,12 +26,12 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 from nanovllm.bench.commands import add_bench_commands
 from nanovllm.config import EngineConfig
 from nanovllm.engine.progress import deferred_interrupt
-from nanovllm.errors import ConfigError, InvalidPrompt, NanoVllmError
+from nanovllm.errors import ConfigError, InvalidPrompt, NanoVllmError, did_you_mean
 from nanovllm.log import configure_logging
 from nanovllm.observability.options import ObservabilityOptions
 from nanovllm.retry import RetryPolicy
@@ -68,8 +68,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class Parser(argparse.ArgumentParser):
+    """Suggests a name for one that it does not know. Takes no abbreviations: a new option would change their meaning."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for parser in _all_parsers(self) for flag in parser._option_string_actions]
+            hint = did_you_mean(unknown[0].partition("=")[0], flags)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        super().error(message + did_you_mean(wrong[1], re.findall(r"[\w-]+", wrong[2])) if wrong else message)
+
+
+def _all_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from _all_parsers(child)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nanovllm", description="An LLM inference engine that a person reads in an evening.")
+    parser = Parser(prog="nanovllm", description="An LLM inference engine that a person reads in an evening.")
     commands = parser.add_subparsers(required=True, metavar="command")
     generate = _add_command(commands, "generate", run_generate, "complete prompts")
     generate.add_argument("prompts", nargs="*", help="texts to complete; none: one per line from standard input")
@@ -204,15 +231,20 @@ def _converse(stream: Stream, system: str | None, interruptible: Callable[[], Ab
     print("/reset starts over; /exit, or the end of the input, leaves; Ctrl-C stops an answer.", file=sys.stderr)
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
+    has_failed = False
     for line in _lines("you> " if sys.stdin.isatty() else ""):
         if line in ("/exit", "/quit"):
             break
         if line == "/reset":
             messages = list(beginning)
             print("(new conversation)", file=sys.stderr)
+        elif line.startswith("/"):
+            print(f"unknown command {line.split()[0]}{did_you_mean(line, ('/reset', '/exit', '/quit'))}", file=sys.stderr)
+            has_failed = True
         elif line:
-            messages = _answer(stream, messages, line, interruptible)
-    return 0
+            before, messages = messages, _answer(stream, messages, line, interruptible)
+            has_failed = messages is before
+    return 1 if has_failed and not sys.stdin.isatty() else 0  # a script wants to know; a person has seen it
 
 
 def _lines(prompt: str) -> Iterator[str]:

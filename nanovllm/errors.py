@@ -18,6 +18,7 @@
     |   `-- WeightMismatch           lists missing, unexpected and wrongly shaped tensors
     |-- CapacityError                HTTP 429 / 503
     |   `-- CacheTooSmall            the request could never fit into the KV cache
+    |-- NotFinite                    HTTP 500: the model's output for one request is not a number
     `-- EngineDead                   HTTP 500: carries the worker's traceback
 
 A message says what happened with the values, why it is refused, and what to do.
@@ -27,6 +28,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+NONFINITE_LOGITS = "the model's output is not a finite number"  # the stop reason of a completion that ends with "error"
 
 
 class NanoVllmError(Exception):
@@ -114,6 +117,10 @@ class CapacityError(NanoVllmError):
 
 class CacheTooSmall(CapacityError, ValueError):
     """A request needs more KV blocks than the whole cache has."""
+
+
+class NotFinite(NanoVllmError):
+    """The model computed NaN or infinity for one request, which ends with it; the others go on."""
 
 
 class EngineDead(NanoVllmError, RuntimeError):

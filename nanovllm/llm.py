@@ -26,7 +26,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.policy import make_policy
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.errors import ConfigError, InvalidPrompt, RequestError
+from nanovllm.errors import NONFINITE_LOGITS, ConfigError, InvalidPrompt, NotFinite, RequestError
 from nanovllm.executor.in_process import InProcessExecutor
 from nanovllm.kernels.compiles import compile_ahead, watch_compiles
 from nanovllm.kernels.cpu.build import best_instruction_set, load_step
@@ -72,6 +72,7 @@ class BuiltEngine:
     memory_plan: MemoryPlan
     platform: Platform
     eos_token_ids: tuple[int, ...]
+    grammar: Grammar | None
     startup: dict[str, float]  # where the seconds went
 
 
@@ -112,6 +113,9 @@ class LLM:
         """The vectors of one prompt or many: the mean of the final hidden states of its tokens, or the last one."""
         prompts = _as_list(prompts)
         outputs = self.engine.generate(prompts, priority=priority, cache_salt=cache_salt, pooling=pooling, use_tqdm=use_tqdm)
+        for output in outputs:
+            if output.completions[0].finish_reason == "error":
+                raise NotFinite(f"the vector of {output.request_id}: {NONFINITE_LOGITS}")
         return [EmbeddingOutput(output.embedding or [], len(output.prompt_token_ids)) for output in outputs]
 
     def chat(
@@ -312,7 +316,7 @@ def build_engine(
         num_steps_ahead=config.num_steps_ahead or 0,
         seed=config.seed,
     )
-    return BuiltEngine(engine, config, spec, plan, platform, tuple(eos_token_ids), watch.laps)
+    return BuiltEngine(engine, config, spec, plan, platform, tuple(eos_token_ids), grammar, watch.laps)
 
 
 def make_model(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> Decoder | CompiledDecoder:

@@ -149,7 +149,8 @@ def started_server(*options: str, **environment: str) -> Iterator[LiveServer]:
             process.stderr.close()
 
 
-def write_tiny_model(folder: Path) -> Path:
+def write_tiny_model(folder: Path, poison: int | None = None) -> Path:
+    """`poison`: a token whose embedding is NaN; the output head is then a matrix of its own."""
     checkpoint = open_checkpoint(None)
     parts = load_tokenizer(checkpoint).parts
     folder.mkdir(parents=True)
@@ -166,7 +167,7 @@ def write_tiny_model(folder: Path) -> Path:
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": poison is None,
         "torch_dtype": "float32",
         "eos_token_id": sorted(parts.end_token_ids),
     }
@@ -190,7 +191,9 @@ def write_tiny_model(folder: Path) -> Path:
         "model.layers.0.mlp.up_proj.weight": (64, 64),
         "model.layers.0.mlp.down_proj.weight": (64, 64),
     }
-    save_file(
-        {name: torch.randn(shape, generator=generator) * 0.5 for name, shape in shapes.items()}, folder / "model.safetensors"
-    )
+    tensors = {name: torch.randn(shape, generator=generator) * 0.5 for name, shape in shapes.items()}
+    if poison is not None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.embed_tokens.weight"][poison] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
     return folder

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 
+import numpy as np
 import tokenizers
 from support import VOCAB_SIZE, CountingExecutor, FakeExecutor, make_scheduler
 
@@ -19,7 +20,10 @@ from nanovllm.engine.batch import ScheduledBatch, StepResult
 from nanovllm.engine.engine_process import ServedEngine
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.messages import EngineFacts
+from nanovllm.errors import InvalidGrammar
 from nanovllm.executor.base import Executor
+from nanovllm.sampling_params import StructuredOutput
+from nanovllm.structured.base import Grammar
 from nanovllm.tokenizer import Tokenizer
 from nanovllm.tokenizer_files import TokenizerParts
 
@@ -60,12 +64,37 @@ def make_tokenizer() -> Tokenizer:
     return Tokenizer(TokenizerParts(backend, {"eos_token": "w49"}, frozenset([49]), {"default": "{{ messages[0].content }}"}))
 
 
-def serve(config: EngineConfig, executor: Executor) -> ServedEngine:
+class SlowGrammar:
+    """Takes a second for each new form, which is then kept; "bad" is refused after it. Its matchers allow everything."""
+
+    error: str | None = None
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+
+    def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> SlowGrammar:
+        if structured.text not in self.known:
+            time.sleep(1.0)
+            if structured.text == "bad":
+                raise InvalidGrammar("regex: as told")
+            self.known.add(structured.text)
+        return self
+
+    def fill_mask(self, mask: np.ndarray) -> None:
+        mask[:] = -1
+
+    def accept(self, token_id: int) -> str | None:
+        return None
+
+
+def serve(config: EngineConfig, executor: Executor, grammar: Grammar | None = None) -> ServedEngine:
     """Never ends by itself: there are no end tokens."""
     num_blocks = config.num_kv_blocks or 4096
     scheduler = make_scheduler(num_blocks, BLOCK_SIZE, config.max_num_seqs, 2048)
     max_model_len = num_blocks * BLOCK_SIZE
-    engine = LLMEngine(scheduler, executor, vocab_size=VOCAB_SIZE, max_model_len=max_model_len, num_steps_ahead=1)
+    engine = LLMEngine(
+        scheduler, executor, vocab_size=VOCAB_SIZE, max_model_len=max_model_len, grammar=grammar, num_steps_ahead=1
+    )
     tokenizer = make_tokenizer()
     facts = EngineFacts(
         model="fake",
@@ -82,7 +111,7 @@ def serve(config: EngineConfig, executor: Executor) -> ServedEngine:
         config=dataclasses.asdict(config),
         pid=os.getpid(),
     )
-    return ServedEngine(engine, tokenizer, facts)
+    return ServedEngine(engine, tokenizer, facts, grammar)
 
 
 def fake(config: EngineConfig) -> ServedEngine:
@@ -92,6 +121,11 @@ def fake(config: EngineConfig) -> ServedEngine:
 def slow(config: EngineConfig) -> ServedEngine:
     """100 steps per second."""
     return serve(config, FakeExecutor(config.num_kv_blocks or 4096, BLOCK_SIZE, seconds_per_step=0.01))
+
+
+def slow_grammars(config: EngineConfig) -> ServedEngine:
+    """100 steps per second, and a second per grammar."""
+    return serve(config, FakeExecutor(config.num_kv_blocks or 4096, BLOCK_SIZE, seconds_per_step=0.01), SlowGrammar())
 
 
 def paced(config: EngineConfig) -> ServedEngine:

@@ -136,6 +136,9 @@ class FakeAsyncEngine:
         await asyncio.sleep(seconds)
         return self.trace
 
+    def watch(self, max_silence: float) -> None:
+        """It has no process that could hang."""
+
     async def wait_dead(self) -> BaseException:
         return await self._death()
 

@@ -27,6 +27,7 @@ from nanovllm.server.auth import Keyring
 from nanovllm.server.lifetime import bind, run_app
 from nanovllm.server.options import ServerOptions
 from nanovllm.server.respond import json_response
+from nanovllm.server.streaming import finished
 
 
 class RunRequest(msgspec.Struct):
@@ -48,7 +49,7 @@ async def run(request: Request) -> Response:
     params = SamplingParams(max_tokens=body.max_tokens, temperature=0, n=body.n)
     stream = server.submit(request, body.prompt, params, priority=body.priority, cache_salt=body.cache_salt)
     if not body.stream:
-        output = await server.collect(request, stream)
+        (output,) = await server.run(request, finished([stream]))
         return json_response({"text": output.text, "cached": output.metrics.num_cached_tokens})
 
     async def events():

@@ -69,3 +69,19 @@ def test_every_engine_option_has_a_help_text(capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["generate", "--help"])
     assert "tokens per KV block" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["serv"], "did you mean 'serve'?"),
+        (["serve", "--prot", "3"], "did you mean '--port'?"),
+        (["serve", "--max-model-length=3"], "did you mean '--max-model-len'?"),
+        (["bench", "srve"], "did you mean 'serve'?"),
+        (["serve", "--max-mod", "3"], "unrecognized arguments"),  # no abbreviations
+    ],
+)
+def test_a_misspelt_option_or_command_gets_a_suggestion(arguments, hint, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and hint in capsys.readouterr().err

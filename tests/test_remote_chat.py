@@ -66,6 +66,17 @@ def test_a_failed_turn_is_explained_and_forgotten(chat, server, line, message):
     assert [message["content"] for message in server.requests[-1]["messages"]] == ["again"]
 
 
+def test_a_script_learns_from_the_status_that_its_last_turn_failed(chat):
+    assert chat("hello\nbusy\n")[0] == 1
+    assert chat("busy\nhello\n")[0] == 0
+
+
+def test_an_unknown_command_is_refused_here(chat, server):
+    status, out, err = chat("/rest\n")
+    assert status == 1 and out == "" and "unknown command /rest; did you mean '/reset'?" in err
+    assert not server.requests
+
+
 def test_a_key_is_sent(monkeypatch, capsys):
     with PageServer(key="sesame") as locked:
         monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))

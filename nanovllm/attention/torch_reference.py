@@ -55,7 +55,7 @@ class TorchAttention:
         self.spec = spec
         self.dtype = dtype
         self.device = device
-        self._causal = torch.full((MAX_TILE, MAX_TILE), float("-inf"), dtype=dtype, device=device).triu_(1)
+        self._is_later = torch.ones(MAX_TILE, MAX_TILE, dtype=torch.bool, device=device).triu_(1)  # [query, key]
 
     def kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
         return 2, self.spec.num_kv_heads, num_blocks, self.spec.block_size, self.spec.head_dim
@@ -169,7 +169,7 @@ class TorchAttention:
         grouped = query.view(num_queries, spec.num_kv_heads, spec.group_size, spec.head_dim).permute(1, 2, 0, 3)
         grouped = grouped.reshape(spec.num_kv_heads, -1, spec.head_dim)  # [K, G * Q, D]
         scores = torch.bmm(grouped, keys[:, :end].transpose(1, 2))  # [K, G * Q, end]
-        scores.view(shape)[..., start:].add_(self._causal[:num_queries, :num_queries])
+        scores.view(shape)[..., start:].masked_fill_(self._is_later[:num_queries, :num_queries], float("-inf"))  # also NaN
         mixed = torch.bmm(scores.softmax(dim=-1), values[:, :end])  # [K, G * Q, D]
         mixed = mixed.view(spec.num_kv_heads, spec.group_size, num_queries, spec.head_dim)
         return mixed.permute(2, 0, 1, 3).reshape(num_queries, -1)

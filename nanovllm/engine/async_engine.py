@@ -29,7 +29,15 @@ from nanovllm.engine.connection import EngineChild, EngineConnection, check_some
 from nanovllm.engine.detokenizer import IncrementalDetokenizer, StopStrings
 from nanovllm.engine.door import POOLINGS, Bounds, CheckedRequest, Door, Prompt
 from nanovllm.engine.messages import Abort, AddRequest, Answer, Call, EngineFacts, Hello, LastWords, Origin, Outputs, Ready
-from nanovllm.errors import EngineDead, InvalidSamplingParams, NanoVllmError, PromptTooLong, RequestError
+from nanovllm.errors import (
+    NONFINITE_LOGITS,
+    EngineDead,
+    InvalidSamplingParams,
+    NanoVllmError,
+    NotFinite,
+    PromptTooLong,
+    RequestError,
+)
 from nanovllm.log import logger, show_log_unless_configured
 from nanovllm.outputs import CompletionOutput, EmbeddingOutput, GenerationOutput, RequestMetrics, TtftParts
 from nanovllm.sampling_params import SamplingParams
@@ -180,6 +188,13 @@ class AsyncEngine:
     def is_alive(self) -> bool:
         return self._connection.is_alive
 
+    def watch(self, max_silence: float) -> None:
+        """Take the engine for dead, and end its process if it is ours, when it is silent for `max_silence` seconds.
+
+        It speaks between two steps, so this must exceed the longest step. Without it a hung engine is waited for.
+        """
+        self._connection.watch(max_silence)
+
     async def wait_dead(self) -> BaseException:
         """Return when the engine is no more: died or closed."""
         await asyncio.shield(self._connection.dead)
@@ -232,7 +247,7 @@ class AsyncEngine:
     ) -> EmbeddingOutput:
         """The final hidden states of a prompt as one vector, not normalised: their "mean", or the "last" one.
 
-        Errors as in `generate`.
+        Errors as in `generate`; `NotFinite` when the vector would not be numbers.
         """
         if pooling not in POOLINGS:
             raise RequestError(f"pooling={pooling!r} is not one of {', '.join(POOLINGS)}")
@@ -242,7 +257,8 @@ class AsyncEngine:
         try:
             while request.embedding is None:
                 if request.output.finished:
-                    raise RequestError("the request was aborted")
+                    is_error = request.output.completions[0].finish_reason == "error"
+                    raise NotFinite(NONFINITE_LOGITS) if is_error else RequestError("the request was aborted")
                 await request.news()
             return EmbeddingOutput(request.embedding, len(checked.token_ids))
         finally:

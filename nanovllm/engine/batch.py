@@ -84,7 +84,7 @@ class StepResult:
     """What one step produced; entry i of the lists belongs to `sampled_chunks[i]` of its batch."""
 
     step: int
-    token_ids: list[list[int]]  # one drawn token each; more when a draft was accepted
+    token_ids: list[list[int]]  # one drawn token each; more when a draft was accepted; -1: the logits were not finite numbers
     logprobs: list[PositionLogprobs | None] | None = None  # None: no row asked
     prompt_logprobs: dict[int, list[PositionLogprobs]] = field(default_factory=dict)  # chunk index -> its positions' targets
     embeddings: dict[int, list[float]] = field(default_factory=dict)  # chunk index -> the vector of the prompt that it ended

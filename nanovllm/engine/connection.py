@@ -2,8 +2,8 @@
 
 Owns the DEALER socket, the child process if this front end started it, and its private folder. Sending never waits;
 what arrives is decoded and handed to one callback. The death of the engine is noticed by the closing of its socket,
-whoever its parent is. Knows nothing of requests: `async_engine.py` does. Sockets are unix sockets in a folder that only
-this user can enter, which is all the access control there is and needs to be.
+whoever its parent is; that it hangs, by its silence (`watch`). Knows nothing of requests: `async_engine.py` does. Sockets
+are unix sockets in a folder that only this user can enter, which is all the access control there is and needs to be.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,6 +115,8 @@ class EngineConnection:
         self.dead: asyncio.Future[EngineDead] = self._loop.create_future()
         self._on_message = on_message
         self._burial: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._heard = 0.0  # when the last message came, of the monotonic clock
         self._is_drain_due = False
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -158,9 +161,30 @@ class EngineConnection:
 
     def _receive(self) -> bytes | None:
         try:
-            return self._socket.recv(zmq.NOBLOCK)
+            payload = self._socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
+        self._heard = time.monotonic()
+        return payload
+
+    def watch(self, max_silence: float) -> None:
+        """From now on an engine that says nothing for `max_silence` seconds is dead, and is killed if it is our child.
+
+        A living one says something between two steps, at least once a second (`SIGN_OF_LIFE_SECONDS`).
+        """
+        self._watch = self._loop.create_task(self._listen_for_life(max_silence))
+
+    async def _listen_for_life(self, max_silence: float) -> None:
+        self._heard = time.monotonic()
+        while self.is_alive:
+            await asyncio.sleep(min(1.0, max_silence / 4))
+            self._drain()  # if it was us who hung, its messages wait here
+            if time.monotonic() - self._heard > max_silence:
+                reason = f"the engine process has given no sign of life for {max_silence:g} seconds"
+                logger.error("%s", reason)
+                self.die(reason)
+                if self.child is not None:
+                    self.child.process.kill()
 
     def _on_disconnect(self) -> None:
         while self._is_open:
@@ -191,8 +215,9 @@ class EngineConnection:
         if self.is_alive:
             self.send(Goodbye() if self.child is None else Shutdown())
         self.die("the engine was closed")
-        if self._burial is not None:
-            self._burial.cancel()
+        for task in (self._burial, self._watch):
+            if task is not None:
+                task.cancel()
         try:
             if self.child is not None:
                 await self.child.wait(EXIT_SECONDS)

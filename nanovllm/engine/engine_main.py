@@ -54,7 +54,7 @@ def build(config: EngineConfig) -> ServedEngine:
         pid=os.getpid(),
         spec=dataclasses.asdict(built.spec),
     )
-    return ServedEngine(built.engine, tokenizer, facts)
+    return ServedEngine(built.engine, tokenizer, facts, built.grammar)
 
 
 def main(builder: str) -> None:

@@ -14,9 +14,10 @@ import dataclasses
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import zmq
@@ -44,9 +45,10 @@ from nanovllm.engine.messages import (
     encode,
 )
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import NanoVllmError, RequestError
+from nanovllm.errors import NONFINITE_LOGITS, NanoVllmError, RequestError
 from nanovllm.log import degraded, logger
 from nanovllm.outputs import GenerationOutput
+from nanovllm.structured.base import Grammar
 from nanovllm.tokenizer import Tokenizer
 
 MAX_MESSAGES_PER_TURN = 256  # so that a flood of requests delays the running ones by milliseconds only
@@ -64,6 +66,7 @@ class ServedEngine:
     engine: LLMEngine
     tokenizer: Tokenizer
     facts: EngineFacts
+    grammar: Grammar | None = None  # of the engine: here it compiles on a thread, before a request is added
     calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # more `Call`s: f(number of the front end, **arguments)
     on_end: Callable[[BaseException | None], None] | None = None  # the loop has ended, with what error
     on_accept: Callable[[str, AddRequest], None] | None = None  # the engine has taken a request, under this id
@@ -126,6 +129,14 @@ class OpenRequest:
                 message.ended.append(ended)
 
 
+class Compiling(NamedTuple):
+    """A request that waits for its grammar."""
+
+    frontend: Frontend
+    message: AddRequest
+    future: Future[Any]
+
+
 class Counters:
     """A listener that adds up what happened since the start. Times are nanoseconds."""
 
@@ -164,10 +175,12 @@ class EngineProcess:
         self._frontends: dict[bytes, Frontend] = {}
         self._gone: list[Frontend] = []  # found to be gone; what they sent before is still to be read
         self._requests: dict[str, OpenRequest] = {}  # by the engine's request id
-        self._num_frontends = self._num_prompt_tokens = self._num_requests = 0
+        self._num_frontends = self._num_prompt_tokens = self._num_requests = self._num_nonfinite = 0
         self._counters = Counters()
         self._engine.events.listeners.append(self._counters)
         self._profile: Profile | None = None
+        self._compiling: dict[tuple[bytes, int], Compiling] = {}  # by front end and handle: requests that wait for their grammar
+        self._compiler = ThreadPoolExecutor(1, "nanovllm-grammars")
         self._is_closing = False
 
     def serve(self) -> None:
@@ -177,6 +190,7 @@ class EngineProcess:
                 self._receive()
                 if self._gone:
                     self._forget_gone()
+                self._add_compiled()
                 if self._engine.has_work:
                     self._step()
                 self._send()
@@ -189,6 +203,7 @@ class EngineProcess:
         else:
             self._end(None)
         finally:
+            self._compiler.shutdown(wait=False, cancel_futures=True)
             self._engine.close()
 
     def _end(self, error: BaseException | None) -> None:
@@ -230,7 +245,7 @@ class EngineProcess:
         if self._profile is not None:
             return min(max(0.0, self._profile.end_time - time.monotonic()), SIGN_OF_LIFE_SECONDS)
         has_news = any(frontend.outputs is not None for frontend in self._frontends.values())
-        return RETRY_SECONDS if has_news else SIGN_OF_LIFE_SECONDS
+        return RETRY_SECONDS if has_news or self._compiling else SIGN_OF_LIFE_SECONDS
 
     def _take(self, identity: bytes, message: Any) -> None:
         if isinstance(message, Hello):
@@ -239,6 +254,9 @@ class EngineProcess:
             self._is_closing = True
         elif (frontend := self._frontends.get(identity)) is None:
             logger.warning("a message of a front end that is not connected is ignored")
+        elif isinstance(message, AddRequest) and message.params.structured is not None and self._served.grammar is not None:
+            future = self._compiler.submit(self._served.grammar.compile, message.params.structured)
+            self._compiling[identity, message.handle] = Compiling(frontend, message, future)
         elif isinstance(message, AddRequest):
             self._add(frontend, message)
         elif isinstance(message, Abort):
@@ -258,10 +276,19 @@ class EngineProcess:
         except zmq.ZMQError:
             self._forget(self._frontends[identity])
 
-    def _add(self, frontend: Frontend, message: AddRequest) -> None:
-        """Whatever goes wrong here is the answer to this request, and nobody else's."""
+    def _add_compiled(self) -> None:
+        """The requests whose grammar has been compiled meanwhile; the engine finds it among those that it keeps."""
+        for place, waiting in list(self._compiling.items()):
+            if waiting.future.done():
+                del self._compiling[place]
+                self._add(waiting.frontend, waiting.message, waiting.future.exception())
+
+    def _add(self, frontend: Frontend, message: AddRequest, failure: BaseException | None = None) -> None:
+        """Whatever goes wrong here, or went wrong before, is the answer to this request, and nobody else's."""
         request_id = f"{frontend.number}/{message.request_id}"
         try:
+            if failure is not None:
+                raise failure
             if message.handle in frontend.requests:
                 raise RequestError(f"handle {message.handle} is in use")
             self._engine.add_request(
@@ -287,9 +314,10 @@ class EngineProcess:
 
     def _abort(self, frontend: Frontend, message: Abort) -> None:
         """The front end has closed what it aborts: it gets no answer."""
+        self._compiling.pop((frontend.identity, message.handle), None)
         request = frontend.requests.get(message.handle)
         if request is None:
-            return  # ended meanwhile
+            return  # ended meanwhile, or has not begun
         output = self._engine.abort(request.request_id, message.index)
         if output is None or output.finished:
             self._close(request)
@@ -299,6 +327,7 @@ class EngineProcess:
 
     def _forget(self, frontend: Frontend) -> None:
         """It has gone. What it left behind ends, or goes on without it."""
+        self._compiling = {place: one for place, one in self._compiling.items() if one.frontend is not frontend}
         if self._served.adopt is not None:
             for name in self._served.adopt(frontend.number, [request.request_id for request in frontend.requests.values()]):
                 self._close(self._requests[name])
@@ -329,6 +358,8 @@ class EngineProcess:
                 request.tell(output, self._counters.result_time)
                 if output.finished:
                     self._close(request)
+                    reasons = [completion.stop_reason for completion in output.completions]
+                    self._num_nonfinite += reasons.count(NONFINITE_LOGITS)
 
     def _send(self) -> None:
         now = time.monotonic()
@@ -385,7 +416,7 @@ class EngineProcess:
         scheduler = self._engine.scheduler
         blocks = scheduler.block_manager
         return {
-            "num_waiting": len(scheduler.waiting),
+            "num_waiting": len(scheduler.waiting) + len(self._compiling),
             "num_running": len(scheduler.running),
             "num_requests": self._num_requests,
             "num_open_requests": len(self._requests),
@@ -393,6 +424,7 @@ class EngineProcess:
             "num_free_blocks": blocks.num_free_blocks,
             "num_kv_blocks": blocks.num_blocks,
             "num_prompt_tokens": self._num_prompt_tokens,
+            "num_nonfinite_logits": self._num_nonfinite,
             "num_prefix_queried_tokens": blocks.stats.num_queried_tokens,
             "num_prefix_hit_tokens": blocks.stats.num_hit_tokens,
             "num_prefix_evictions": blocks.stats.num_evictions,

@@ -58,9 +58,9 @@ class Request:
         """A sequence ended: flush its text, take over its reason; the last one closes the request."""
         completion = self.output.completions[sequence.index]
         completion.finish_reason, completion.stop_reason = sequence.finish_reason, sequence.stop_reason
-        if sequence.finish_reason == "error" and sequence.matcher is not None:
+        if sequence.finish_reason == "error" and sequence.matcher is not None and sequence.stop_reason is None:
             completion.stop_reason = sequence.matcher.error
-        if sequence.sampling.pooling is not None and sequence.embedding is not None:
+        if sequence.sampling.pooling is not None and sequence.embedding is not None and sequence.finish_reason != "error":
             self.output.embedding, completion.finish_reason = sequence.embedding, "stop"
         if self.detokenizers:
             detokenizer = self.detokenizers[sequence.index]

@@ -27,7 +27,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.events import Events, SequenceAdmitted, SequenceFinished, SequencePreempted
 from nanovllm.engine.policy import FirstComeFirstServed, SchedulerPolicy
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.errors import ConfigError, did_you_mean
+from nanovllm.errors import NONFINITE_LOGITS, ConfigError, did_you_mean
 
 
 @dataclass(slots=True)
@@ -83,10 +83,9 @@ class Scheduler:
 
     def set_limits(self, **changes: Any) -> SchedulerLimits:
         """Change limits between two steps. `max_num_seqs` cannot exceed what the engine was started with."""
-        for name in changes:
-            if name not in SchedulerLimits.__dataclass_fields__:
-                known = SchedulerLimits.__dataclass_fields__
-                raise ConfigError(f"unknown limit {name!r}{did_you_mean(name, known)} (limits: {', '.join(known)})")
+        known = SchedulerLimits.__dataclass_fields__
+        for name in changes.keys() - known.keys():
+            raise ConfigError(f"unknown limit {name!r}{did_you_mean(name, known)} (limits: {', '.join(known)})")
         limits = replace(self.limits, **changes)
         if limits.max_num_seqs > self._num_rows:
             raise ConfigError(f"max_num_seqs={limits.max_num_seqs}: the engine was started with room for {self._num_rows}")
@@ -151,9 +150,7 @@ class Scheduler:
         return seq_id == sequence.seq_id and bool(self.running) and self.block_manager.num_free_blocks <= num_free_blocks
 
     def _clip(self, num_new_tokens: int, plan: _Plan) -> int:
-        if num_new_tokens == 1:
-            return 1
-        return min(num_new_tokens, plan.budget, self.limits.max_prompt_chunk or plan.budget)
+        return 1 if num_new_tokens == 1 else min(num_new_tokens, plan.budget, self.limits.max_prompt_chunk or plan.budget)
 
     def _add_chunk(self, sequence: Sequence, num_new_tokens: int, plan: _Plan) -> None:
         batch = plan.batch
@@ -292,7 +289,9 @@ class Scheduler:
         for entry, chunk in enumerate(plan.batch.sampled_chunks):
             sequence = plan.sequences[chunk]
             sequence.num_pending_tokens -= 1
-            if sequence.status is not SequenceStatus.FINISHED:  # else it ended meanwhile, and this token never was
+            if result.token_ids[entry][0] < 0:  # no token
+                self.finish(sequence, "error", NONFINITE_LOGITS)
+            elif sequence.status is not SequenceStatus.FINISHED:  # else it ended meanwhile, and this token never was
                 if result.logprobs is not None and (logprobs := result.logprobs[entry]) is not None:
                     sequence.logprobs.append(logprobs)
                 self._append(sequence, result.token_ids[entry])

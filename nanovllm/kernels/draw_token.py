@@ -3,7 +3,7 @@
 Here in the form argmax(logit / T - log(-log(u))), which needs no maximum first and so one pass over the logits; greedy
 rows have 1 / T = 0 and compare the logits alone. Each program reduces one tile of the vocabulary of one sample; a second
 kernel reduces the tiles, and writes the token to the output and into the row state, where the next step reads it.
-S samples, V vocabulary.
+NaN competes as plus infinity; a winner that is not finite is no token: -1. S samples, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def draw_tokens(
     token_table: Tensor,
     token_ids: Tensor,
 ) -> None:
-    """Write one token per sample to `token_ids`, [S] int64, and to `token_table[rows, positions]`.
+    """Write one token per sample to `token_ids`, [S] int64, and to `token_table[rows, positions]`; -1 there as 0.
 
     logits: [S, V]; inverse_temperature: [S] float32; keys, rows, positions: [S] int32.
     """
@@ -67,7 +67,7 @@ def _reduce_tile_kernel(
     sample, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
     score = tl.load(logits_ptr + sample * stride + token, token < vocab_size, other=float("-inf")).to(tl.float32)
-    score = tl.where(score == score, score, float("-inf"))  # NaN never wins
+    score = tl.where(score == score, score, float("inf"))  # NaN wins, and is then found out
     inverse_temperature = tl.load(inverse_temperature_ptr + sample)
     if inverse_temperature > 0.0:
         score = score_of(score * inverse_temperature, draw_bits(token, tl.load(key_ptr + sample).to(tl.uint32, bitcast=True)))
@@ -104,7 +104,9 @@ def _reduce_row_kernel(
     tile = tl.arange(0, BLOCK)
     score = tl.load(best_ptr + sample * num_tiles + tile, tile < num_tiles, other=float("-inf"))
     token = tl.load(best_id_ptr + sample * num_tiles + tile, tile < num_tiles, other=2147483647)
-    winner = tl.min(tl.where(score == tl.max(score, 0), token, 2147483647), 0)
-    tl.store(token_ptr + sample, winner.to(tl.int64))
+    best = tl.max(score, 0)
+    winner = tl.min(tl.where(score == best, token, 2147483647), 0)
+    is_finite = (best > float("-inf")) & (best < float("inf"))
+    tl.store(token_ptr + sample, tl.where(is_finite, winner, -1).to(tl.int64))
     row, position = tl.load(row_ptr + sample).to(tl.int64), tl.load(position_ptr + sample)
-    tl.store(table_ptr + row * table_stride + position, winner)
+    tl.store(table_ptr + row * table_stride + position, tl.where(is_finite, winner, 0))

@@ -51,7 +51,7 @@ def _race_kernel(
     highest = tl.full([], float("-inf"), tl.float32)
     for start in range(0, V, TILE):
         logit = tl.load(logits_ptr + start + offset, start + offset < V, other=float("-inf")).to(tl.float32)
-        highest = tl.maximum(highest, tl.max(logit, 0))
+        highest = tl.maximum(highest, tl.max(tl.where(logit == logit, logit, float("inf")), 0))  # then all weights are 0
     total = tl.full([], 0.0, tl.float32)
     for start in range(0, V, TILE):
         logit = tl.load(logits_ptr + start + offset, start + offset < V, other=float("-inf")).to(tl.float32)
@@ -61,7 +61,7 @@ def _race_kernel(
         tl.full([], float("-inf"), tl.float32),
         tl.full([], V, tl.int32),
     )  # the race is among the tokens ahead of this one
-    is_outside = total >= 0.0
+    is_outside = total > 0.0
     while is_outside:
         best, next_winner = tl.full([], float("-inf"), tl.float32), tl.full([], V - 1, tl.int32)
         for start in range(0, V, TILE):
@@ -82,7 +82,7 @@ def _race_kernel(
             is_ahead = (logit > limit) | ((logit == limit) & (token < winner))
             ahead += tl.sum(tl.where(is_ahead, _weight(logit, highest, inverse_temperature, least), 0.0), 0)
         is_outside = (ahead >= nucleus) & (ahead > 0.0)
-    tl.store(token_ptr + row, tl.minimum(winner, V - 1).to(tl.int64))  # V: all are NaN
+    tl.store(token_ptr + row, tl.where(total > 0.0, winner, -1).to(tl.int64))  # -1: the logits are not finite numbers
 
 
 @triton.jit

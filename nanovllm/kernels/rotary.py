@@ -102,8 +102,11 @@ def _rotate_and_store_kernel(
     tl.store(target + HALF, turned_b, is_query)
     slot = tl.load(slot_ptr + token).to(tl.int64)
     kv_head = (head - H) % K  # keys, then values
-    is_value = (head >= H + K).to(tl.int64)
-    place = is_value * value_offset + ((slot // PAGE * K + kv_head) * PAGE + slot % PAGE) * 2 * HALF
+    is_value = head >= H + K
+    # A value is also read with weight 0, and 0 * NaN is not 0: what overflowed must not reach another token.
+    turned_a = tl.where(is_value & ~(tl.abs(a32) < float("inf")), 0.0, turned_a)
+    turned_b = tl.where(is_value & ~(tl.abs(b32) < float("inf")), 0.0, turned_b)
+    place = is_value.to(tl.int64) * value_offset + ((slot // PAGE * K + kv_head) * PAGE + slot % PAGE) * 2 * HALF
     is_kept = mask & (head >= H) & (slot >= 0)
     tl.store(cache_ptr + place + pair, turned_a, is_kept)
     tl.store(cache_ptr + place + HALF + pair, turned_b, is_kept)

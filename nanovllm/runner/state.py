@@ -46,5 +46,5 @@ class RowState:
         table.view(-1).index_copy_(0, places_and_values[0], places_and_values[1].int())
 
     def write_sampled(self, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
-        """All [num_samples]: the drawn tokens become the inputs of the next step."""
-        self.token_ids[rows, positions] = token_ids.int()
+        """All [num_samples]: the drawn tokens become the inputs of the next step; -1, no token, is written as 0."""
+        self.token_ids[rows, positions] = token_ids.int().clamp_(min=0)

@@ -86,9 +86,12 @@ def _build_group(method: int, limits: np.ndarray, device: torch.device) -> Group
 
 
 def draw(scores: Tensor, group: Group, hashes: Tensor, keys: Tensor) -> Tensor:
-    """Tokens for a group, [g] int64, from its `scores`, [g, vocab], its `keys`, [g], and `hashes` of the vocabulary."""
+    """Tokens for a group, [g] int64, from its `scores`, [g, vocab], its `keys`, [g], and `hashes` of the vocabulary.
+
+    `filters.NO_TOKEN` where the scores hold NaN or plus infinity, or nothing but minus infinity.
+    """
     if group.method == GREEDY:
-        return filters.argmax(scores)
+        return filters.winner_of(scores)
     if group.method >= WITHIN_SMALL_TOP_K:
         return _draw_within_top_k(scores, group, hashes, keys)
     if group.method == WITHIN_TOP_P and use_kernel("draw_top_p", scores):
@@ -103,7 +106,7 @@ def _draw_from_block(scores: Tensor, group: Group, hashes: Tensor, keys: Tensor)
     torch.div(weights, race, out=race)
     if group.method == WITHIN_TOP_P:
         return filters.winner_within_top_p(scores, weights, race, group.top_p)
-    return filters.argmax(race)
+    return filters.winner_of(race)
 
 
 def _draw_within_top_k(scores: Tensor, group: Group, hashes: Tensor, keys: Tensor) -> Tensor:
@@ -111,8 +114,10 @@ def _draw_within_top_k(scores: Tensor, group: Group, hashes: Tensor, keys: Tenso
     logits, token_ids = filters.most_likely(scores, group.max_top_k)  # [g, k]
     weights = _weights_above_min_p(logits, group)
     filters.drop_beyond_top_k_top_p(weights, group.top_k, group.top_p)
-    winner = filters.argmax(weights / exponential_noise(hashes[token_ids], keys))  # [g]
-    return token_ids.gather(-1, winner[:, None])[:, 0]
+    race = weights / exponential_noise(hashes[token_ids], keys)  # [g, k]
+    winner = filters.argmax(race)  # [g]
+    drawn = token_ids.gather(-1, winner[:, None])[:, 0]
+    return torch.where(filters.unless_not_finite(winner, race) < 0, filters.NO_TOKEN, drawn)
 
 
 def _weights_above_min_p(scores: Tensor, group: Group) -> Tensor:

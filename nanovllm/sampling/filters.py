@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NO_TOKEN = -1  # drawn from logits that are not finite numbers: there is nothing to draw
 MAX_BLOCK_ELEMENTS = 2**25  # logits worked on at a time on an accelerator: 128 MB for each float32 temporary
 
 
@@ -57,7 +58,7 @@ def winner_within_top_p(logits: Tensor, weights: Tensor, scores: Tensor, top_p: 
     `logits`, `weights`, `scores` [b, vocab]; overwrites `scores`. Instead of building the set: look whether the leader
     of the race is in it, that is whether the tokens ahead of it weigh less than top_p. If not, nothing from the leader
     downwards is in it, so the race goes on among those ahead. The first leader is in it with a probability of top_p or
-    more. Each round waits for the device.
+    more. Each round waits for the device. `NO_TOKEN` where the winner's score is not finite.
     """
     nucleus = _share(top_p, weights.sum(-1, keepdim=True))  # [b, 1]
     while True:
@@ -66,7 +67,7 @@ def winner_within_top_p(logits: Tensor, weights: Tensor, scores: Tensor, top_p: 
         weight_ahead = (ahead * weights).sum(-1, keepdim=True)  # [b, 1]; the most likely token has none ahead
         is_outside = (weight_ahead >= nucleus) & (weight_ahead > 0)  # [b, 1]; never so where NaN is
         if not is_outside.any():
-            return winner
+            return unless_not_finite(winner, scores)
         scores *= torch.maximum(ahead, (~is_outside).float())
 
 
@@ -106,6 +107,17 @@ def argmax(values: Tensor) -> Tensor:
     if values.is_cpu:  # NumPy finds it ten times as fast
         return torch.from_numpy(np.asarray(values.float().numpy().argmax(-1)))
     return values.argmax(-1)
+
+
+def winner_of(values: Tensor) -> Tensor:
+    """`argmax`, but `NO_TOKEN` where the largest is NaN or infinite: [..., n] to [...] int64."""
+    return unless_not_finite(argmax(values), values)
+
+
+def unless_not_finite(winner: Tensor, values: Tensor) -> Tensor:
+    """`winner`, [...] places in `values`, [..., n]; `NO_TOKEN` where the value there is not finite."""
+    best = values.gather(-1, winner[..., None])[..., 0]
+    return torch.where(best.abs() < torch.inf, winner, NO_TOKEN)
 
 
 def _share(top_p: Tensor, total: Tensor) -> Tensor:

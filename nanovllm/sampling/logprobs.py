@@ -65,7 +65,7 @@ def prompt_logprobs(logits: Tensor, target_ids: Tensor, num_top: int) -> BatchLo
 def _logprob_tensors(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, ...]:
     """token_ids, logprobs, ranks, top_ids, top_logprobs, as in `BatchLogprobs`."""
     num_top = min(num_top, logits.shape[-1])
-    token_ids = token_ids.long()
+    token_ids = token_ids.long().clamp(min=0)  # -1, no token, has none; what is said of it is dropped
     parts = [_logprobs_of_slice(logits[lines], token_ids[lines], num_top) for lines in row_blocks(logits, rows_on_cpu=4)]
     return token_ids, *(torch.cat(column) for column in zip(*parts, strict=True))
 

@@ -30,7 +30,7 @@ ROW_COLUMNS = np.dtype([*LIMITS, ("stream", np.uint64), ("has_edits", np.bool_),
 
 
 class SampledTokens(NamedTuple):
-    token_ids: Tensor  # [num_samples] int64, on the device
+    token_ids: Tensor  # [num_samples] int64, on the device; -1 where the logits are not finite numbers
     logprobs: BatchLogprobs | None  # None if no row asked
 
 
@@ -99,7 +99,7 @@ class Sampler:
     def _draw(self, scores: Tensor, plan: BatchPlan, positions: list[int]) -> Tensor:
         """[num_samples] int64."""
         if all(group.method == GREEDY for group in plan.groups):
-            return filters.argmax(scores)
+            return filters.winner_of(scores)
         keys = upload(draw_keys(plan.streams, positions), self._device)  # [num_samples] int32
         if len(plan.groups) == 1:
             return draw(scores, plan.groups[0], self._hashes, keys)

@@ -39,6 +39,7 @@ class Ticket:
     reserved_tokens: int
     turn: asyncio.Future[None] | None = None  # None: it did not have to wait
     state: str = "waiting"  # waiting, running, left
+    candidates: int = 0  # log-probabilities that it may come to hold
 
     def __lt__(self, other: Ticket) -> bool:
         return self.rank < other.rank

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import nanovllm
-from nanovllm.sampling_params import MAX_COUNT, SamplingParams
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.errors import BadField
-from nanovllm.server.logprobs import TokenNames
+from nanovllm.server.logprobs import TokenNames, num_candidates, num_prompt_candidates
 from nanovllm.server.prompts import check_request_id
 from nanovllm.server.respond import json_response
 from nanovllm.server.streaming import Outputs
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from nanovllm.server.context import Server
-
-MAX_PROMPT_CANDIDATES = 2**20  # of all prompts of a request: about 100 MB while they are made
-MAX_CANDIDATES = 2**22  # of all completions of a request, if all become as long as they may
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +90,18 @@ def begin(
 
 def _check_candidates(server: Server, prompts: Sequence[list[int]], params: SamplingParams) -> None:
     """Log-probabilities are the one part of an answer that is far larger than what it tells about."""
-    if params.prompt_logprobs is not None:
-        number = sum(map(len, prompts)) * (params.prompt_logprobs + 1)
-        if number > MAX_PROMPT_CANDIDATES:
-            text = f"prompt_logprobs: {number} candidates for these prompts; at most {MAX_PROMPT_CANDIDATES} are sent"
-            raise BadField("prompt_logprobs", text)
-    if params.logprobs is not None:
-        max_tokens = min(params.max_tokens or MAX_COUNT, server.engine.facts.max_model_len)
-        number = len(prompts) * params.n * max_tokens * (params.logprobs + 1)
-        if number > MAX_CANDIDATES:
-            text = f"logprobs: up to {number} candidates; at most {MAX_CANDIDATES} are sent: ask for fewer tokens or candidates"
-            raise BadField("logprobs", text)
+    options, room = server.options, server.engine.facts.max_model_len
+    of_prompts = sum(num_prompt_candidates(len(prompt), params) for prompt in prompts)
+    if of_prompts > options.max_prompt_logprobs:
+        limit = f"max_prompt_logprobs={options.max_prompt_logprobs}"
+        raise BadField("prompt_logprobs", f"prompt_logprobs: {of_prompts} candidates for these prompts; at most {limit} are sent")
+    of_answers = len(prompts) * num_candidates(params, room)
+    if of_answers > options.max_logprobs:
+        text = f"up to {of_answers} candidates; at most max_logprobs={options.max_logprobs} are sent"
+        raise BadField("logprobs", f"logprobs: {text}: ask for fewer tokens or candidates")
+    if of_prompts + of_answers > options.max_open_logprobs:
+        limit = f"max_open_logprobs={options.max_open_logprobs}"
+        raise BadField("logprobs", f"logprobs: {of_prompts + of_answers} candidates; at most {limit} may be under way")
 
 
 async def whole_reply(params: SamplingParams, make: Callable[..., Any], *arguments: Any) -> Response:

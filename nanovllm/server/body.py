@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
+import msgspec.inspect
 from starlette.requests import Request
 
 from nanovllm.errors import did_you_mean
@@ -101,7 +102,7 @@ def parse(body: bytes, struct_type: type[T], refused: Mapping[str, str], max_dep
     try:
         return msgspec.convert(fields, struct_type)
     except msgspec.ValidationError as error:
-        raise _as_bad_field(str(error)) from None
+        raise _as_bad_field(str(error), struct_type) from None
 
 
 def _decode(body: bytes, max_depth: int) -> Any:
@@ -160,11 +161,25 @@ def _check_values(root: Any, max_depth: int) -> None:
         level = below
 
 
-def _as_bad_field(message: str) -> BadField:
+def _names_at(struct_type: type, path: str) -> list[str]:
+    """The fields that an object at `path`, such as "messages[...].content", may have."""
+    found = [msgspec.inspect.type_info(struct_type)]
+    for step in path.replace("[", ".[").split("."):
+        fields = [field for one in found for field in getattr(one, "fields", ()) if field.encode_name == step]
+        found = (
+            [field.type for field in fields] if not step.startswith("[") else [getattr(one, "item_type", one) for one in found]
+        )
+        found = [choice for one in found for choice in getattr(one, "types", [one])]
+    return [field.encode_name for one in found for field in getattr(one, "fields", ())]
+
+
+def _as_bad_field(message: str, struct_type: type) -> BadField:
     """ "Expected `int`, got `str` - at `$.max_tokens`" names its field."""
     text, _, path = message.partition(" - at `")
     path = path.rstrip("`").removeprefix("$").removeprefix(".")
     missing = re.search(r"(?:required|unknown) field `([^`]*)`", text)
+    if missing and "unknown" in text:
+        text += did_you_mean(missing[1][:64], _names_at(struct_type, path))
     if missing:
         path = f"{path}.{missing[1]}" if path else missing[1]
     return BadField(path or None, f"{path}: {text}" if path and not missing else text)

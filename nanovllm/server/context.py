@@ -2,7 +2,7 @@
 
     struct = await server.read(request, CompletionRequest, refused={"suffix": "..."})
     stream = server.submit(request, prompt, params)
-    output = await server.collect(request, stream)         # or: return server.sse(request, events)
+    outputs = await server.run(request, finished([stream]))  # or: return server.sse(request, events)
 
 Whatever ends a request early (client gone, deadline, shutdown) cancels its work, which closes its stream, which aborts it
 in the engine. Knows no endpoint; read next: `admission.py`, `app.py`.
@@ -31,8 +31,9 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.admission import Admission, Ticket, queue_timed_out
 from nanovllm.server.auth import Key
 from nanovllm.server.body import parse_body, read_body
-from nanovllm.server.errors import BadField, ClientGone, DeadlineExceeded, HttpError, Unavailable, error_event
-from nanovllm.server.grammars import Grammars
+from nanovllm.server.errors import BadField, ClientGone, DeadlineExceeded, HttpError, QueueFull, Unavailable, error_event
+from nanovllm.server.grammars import KEY, Grammars
+from nanovllm.server.logprobs import num_candidates, num_prompt_candidates
 from nanovllm.server.metrics import Metrics, RequestRecord, Snapshot
 from nanovllm.server.options import ServerOptions
 from nanovllm.server.shared import PERIOD_S, SharedFolder
@@ -59,6 +60,7 @@ class Server:
         self.metrics = Metrics(facts.max_model_len)
         self.is_draining = False
         self.on_drain: Callable[[], None] | None = None  # set by whoever runs the process
+        self.num_candidates = 0  # log-probabilities that the requests under way may come to hold, at most
         self.num_open = 0  # HTTP requests that a drain waits for
         self._share = 1 / options.num_frontends if shared else 1.0
         self.admission = Admission(capacity=1, max_queued=0, share=self._share)
@@ -83,6 +85,7 @@ class Server:
         `refused`: field -> why it is not supported; allowed only where it is null. Unknown fields are errors.
         """
         body = await read_body(request, self.options)
+        KEY.set(self.key_of(request).name)
         request.state.body_size = len(body)  # how long all that follows may take
         return await parse_body(body, struct_type, refused, self.options)
 
@@ -106,7 +109,8 @@ class Server:
         """
         key = self.key_of(request)
         name = request_id or f"{request.state.request_id}-{next(self._numbers)}"
-        ticket = self._enter(key, priority, params.n, self._most_tokens(prompt, params))
+        candidates = num_candidates(params, self.engine.facts.max_model_len) + num_prompt_candidates(_num_tokens(prompt), params)
+        ticket = self._enter(key, priority, params.n, self._most_tokens(prompt, params), candidates)
         record = self.metrics.begin(params, request.state.arrived, name)
         request.scope["state"].setdefault("records", []).append(record)
         late = _QueueTimer(self, ticket, name)
@@ -142,6 +146,7 @@ class Server:
             if not used and error is None and ticket.state == "running":
                 used = _num_tokens(prompt)  # who leaves before the first token does not get the prompt for nothing
             self.admission.leave(ticket, used)
+            self.num_candidates -= ticket.candidates
 
     async def embed(
         self,
@@ -201,10 +206,6 @@ class Server:
                 await asyncio.wait({task})
 
     # --- out
-
-    async def collect(self, request: Request, stream: AsyncIterator[GenerationOutput]) -> GenerationOutput:
-        """Run a stream to its end and return the finished output; see `run` for what ends it early."""
-        return await self.run(request, _last(stream))
 
     def sse(self, request: Request, events: AsyncIterator[bytes]) -> Response:
         """A `text/event-stream` of ready-made events. Errors before the first event get their own status; later ones
@@ -287,11 +288,18 @@ class Server:
             if not stop.done():
                 stop.set_result(None)
 
-    def _enter(self, key: Key, priority: int, weight: int, tokens: int) -> Ticket:
+    def _enter(self, key: Key, priority: int, weight: int, tokens: int, candidates: int = 0) -> Ticket:
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
             raise BadField("priority", f"priority={priority!r} must be a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}")
+        limit = math.ceil(self.limits.max_open_logprobs * self._share)
         try:
-            return self.admission.enter(key, priority, weight, tokens)
+            if candidates and self.num_candidates and self.num_candidates + candidates > limit:  # one alone always may
+                text = f"log-probabilities: too many are under way, max_open_logprobs={self.limits.max_open_logprobs}"
+                raise QueueFull(text, self.admission.retry_after(), "logprobs_full")
+            ticket = self.admission.enter(key, priority, weight, tokens)
+            ticket.candidates = candidates
+            self.num_candidates += candidates
+            return ticket
         except HttpError as error:
             self.metrics.refused(error.code or "")
             raise
@@ -378,16 +386,6 @@ class _QueueTimer:
 def _num_tokens(prompt: str | list[int]) -> int:
     """Of a text, about."""
     return len(prompt) // 4 if isinstance(prompt, str) else len(prompt)
-
-
-async def _last(stream: AsyncIterator[GenerationOutput]) -> GenerationOutput:
-    output = None
-    async with aclosing(stream):  # type: ignore[type-var]
-        async for grown in stream:
-            output = grown
-    if output is None:
-        raise RuntimeError("the engine ended a request without an output")
-    return output
 
 
 async def _until_disconnect(request: Request) -> None:

@@ -14,7 +14,16 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.errors import CacheTooSmall, CapacityError, EngineDead, InvalidPrompt, NanoVllmError, PromptTooLong, RequestError
+from nanovllm.errors import (
+    CacheTooSmall,
+    CapacityError,
+    EngineDead,
+    InvalidPrompt,
+    NanoVllmError,
+    NotFinite,
+    PromptTooLong,
+    RequestError,
+)
 
 log = logging.getLogger("nanovllm.server")
 
@@ -106,6 +115,8 @@ def as_http_error(error: BaseException, request_id: str = "", path: str = "") ->
         return HttpError(400, str(error), param=param, code="context_length_exceeded")
     if isinstance(error, RequestError):
         return HttpError(400, str(error), param=param or _field_of(str(error)))
+    if isinstance(error, NotFinite):
+        return HttpError(500, str(error), type="api_error", code="nonfinite_logits")
     if isinstance(error, CapacityError):
         return HttpError(503, str(error), headers={"Retry-After": "1"})
     if isinstance(error, EngineDead):

@@ -7,7 +7,11 @@ first grammar. One thread waits for it, so that other work that leaves the event
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from nanovllm.errors import InvalidGrammar
@@ -19,7 +23,52 @@ if TYPE_CHECKING:
     from nanovllm.engine.async_engine import AsyncEngine
     from nanovllm.server.options import ServerOptions
 
-MAX_WAITING = 64  # grammars
+MAX_WAITING = 16  # grammars of one key
+
+KEY: ContextVar[str] = ContextVar("KEY", default="")  # whose request this task serves; set when its body is read
+
+
+class Turns:
+    """One at a time; those who wait take turns by key, so that a key with slow grammars delays itself."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # the next key first
+        self._is_taken = False
+
+    @asynccontextmanager
+    async def turn(self, key: str) -> AsyncIterator[None]:
+        """Raises `Unavailable` (503) when too many of this key wait."""
+        waiting = self._waiting.get(key, ())
+        if len(waiting) >= MAX_WAITING:
+            raise Unavailable(f"{MAX_WAITING} grammars of this key wait to be compiled", 1, "grammars_waiting")
+        if self._is_taken:
+            mine = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(key, deque()).append(mine)
+            try:
+                await mine
+            except asyncio.CancelledError:
+                if mine.done() and not mine.cancelled():
+                    self._pass_on()
+                raise
+        self._is_taken = True
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        self._is_taken = False
+        for key in list(self._waiting):
+            waiting = self._waiting.pop(key)
+            while waiting and not self._is_taken:
+                one = waiting.popleft()
+                if not one.done():  # else its request has left
+                    one.set_result(None)
+                    self._is_taken = True
+            if waiting:
+                self._waiting[key] = waiting  # at the end
+            if self._is_taken:
+                return
 
 
 class Grammars:
@@ -27,7 +76,7 @@ class Grammars:
         self._engine, self._options = engine, options
         self._checker: GrammarChecker | None = None
         self._thread: ThreadPoolExecutor | None = None
-        self._num_waiting = 0
+        self._turns = Turns()
 
     async def make(self, field: str, kind: str, value: str | tuple[str, ...]) -> StructuredOutput:
         """A structured output that compiles. What is wrong with it is reported under the client's `field`."""
@@ -43,18 +92,13 @@ class Grammars:
         return structured
 
     async def _check(self, structured: StructuredOutput) -> None:
-        if self._num_waiting >= MAX_WAITING:
-            raise Unavailable(f"{MAX_WAITING} grammars wait to be compiled", 1, "grammars_waiting")
         if self._checker is None or self._thread is None:
             facts = self._engine.facts
             self._checker = GrammarChecker(self._engine.tokenizer, facts.vocab_size, facts.eos_token_ids)
             self._thread = ThreadPoolExecutor(1, "grammars")
-        self._num_waiting += 1
-        try:
+        async with self._turns.turn(KEY.get()):
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._thread, self._checker.check_grammar, structured, self._options.grammar_timeout_s)
-        finally:
-            self._num_waiting -= 1
 
     def close(self) -> None:
         """End the compiler's process. Idempotent."""

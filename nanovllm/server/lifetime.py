@@ -1,8 +1,8 @@
 """The life of one HTTP process: from the listening socket to the exit status.
 
 SIGTERM or Ctrl-C drains: new requests get 503, open ones have `drain_timeout_s`, then the status is 0; a second signal does
-not wait. The death of the engine ends it with status 1, after a moment in which probes can see why. Knows nothing of how the
-engine came to be; `serve.py` does.
+not wait. An engine that dies, or is silent for `engine_timeout_s`, ends it with status 1, after a moment in which probes can
+see why. Knows nothing of how the engine came to be; `serve.py` does.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ async def run_app(
     stopper = Stopper(app, http)
     app.server.on_drain = on_drain or stopper.on_signal
     stopper.listen_to_signals()
+    if seconds := app.server.options.engine_timeout_s:
+        app.server.engine.watch(seconds)
     helpers = [asyncio.ensure_future(stopper.watch_engine()), asyncio.ensure_future(app.server.keep_in_step())]
     try:
         await http.serve(sockets=[listener])

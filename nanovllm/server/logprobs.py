@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from nanovllm.outputs import PositionLogprobs, TokenLogprob
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.protocol import Candidate, CompletionLogprobs, PromptLogprobs, TokenLogprobs, TopLogprob
 from nanovllm.tokenizer import Tokenizer
 
@@ -114,3 +115,12 @@ def _candidates(names: TokenNames, position: PositionLogprobs, max_top: int) -> 
 
 def _finite(candidate: TokenLogprob) -> float:
     return max(candidate.logprob, LOWEST)
+
+
+def num_candidates(params: SamplingParams, room: int) -> int:
+    """Log-probabilities that the completions of one prompt may have, if each gets `max_tokens` or fills `room`."""
+    return 0 if params.logprobs is None else params.n * min(params.max_tokens or room, room) * (params.logprobs + 1)
+
+
+def num_prompt_candidates(num_tokens: int, params: SamplingParams) -> int:
+    return 0 if params.prompt_logprobs is None else num_tokens * (params.prompt_logprobs + 1)

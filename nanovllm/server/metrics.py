@@ -66,6 +66,7 @@ ENGINE_COUNTERS = {  # name -> (help, key of `AsyncEngine.stats`, factor)
     "nanovllm:engine_computed_tokens": ("tokens that went through the model", "num_computed_tokens", 1),
     "nanovllm:engine_forward_seconds": ("time that the steps spent on the device", "forward_ns", 1e-9),
     "nanovllm:engine_schedule_seconds": ("time that the scheduler took", "schedule_ns", 1e-9),
+    "nanovllm:nonfinite_logits": ("completions that ended because the model computed NaN or infinity", "num_nonfinite_logits", 1),
     "nanovllm:prefix_cache_evictions": ("cached blocks that were overwritten", "num_prefix_evictions", 1),
 }
 

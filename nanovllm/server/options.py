@@ -12,6 +12,8 @@ from typing import Any
 
 from nanovllm.errors import ConfigError, did_you_mean
 
+MIN_ENGINE_TIMEOUT_S = 3.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
@@ -34,6 +36,7 @@ class ServerOptions:
     request_timeout_s: float = 600.0  # seconds of a whole request; then 504. 0: no limit
     drain_timeout_s: float = 30.0  # seconds that open requests have after SIGTERM
     stalled_client_timeout_s: float = 30.0  # seconds that a client may take nothing of its answer; then it is aborted
+    engine_timeout_s: float = 120.0  # seconds without a sign of life, longer than any step; then status 1. 0: no limit
     body_timeout_s: float = 30.0  # seconds for a request's headers and body to arrive
     max_connections: int = 20000  # open connections of one front end; more are answered 503
     max_stream_buffer: int = 262144  # bytes of a stream that wait for a slow client; it reads on when they are taken
@@ -50,6 +53,9 @@ class ServerOptions:
     max_n: int = 128  # completions per prompt
     max_messages: int = 4096  # of one conversation
     max_tools: int = 128  # of one request
+    max_logprobs: int = 4194304  # candidates of one request's completions, if all become as long as they may
+    max_prompt_logprobs: int = 1048576  # candidates of one request's prompts; about 100 MB while they are made
+    max_open_logprobs: int = 8388608  # candidates of all requests under way, both kinds together; more get 429
     max_schema_bytes: int = 65536  # of one JSON schema, regular expression or grammar
     grammar_timeout_s: float = 5.0  # seconds for compiling a grammar
 
@@ -66,6 +72,9 @@ class ServerOptions:
             raise ConfigError(f"port={self.port} is more than 65535")
         if self.served_model_name == "":
             raise ConfigError("served_model_name is empty; leave it out to use what --model says")
+        if 0 < self.engine_timeout_s < MIN_ENGINE_TIMEOUT_S:
+            low = f"{MIN_ENGINE_TIMEOUT_S:g} seconds, several signs of life; 0 is no limit"
+            raise ConfigError(f"engine_timeout_s={self.engine_timeout_s:g} is less than {low}")
         for origin in self.origins:
             if origin != "*" and "://" not in origin:
                 raise ConfigError(f"cors_origins: {origin!r} is not an origin, such as https://example.com")

@@ -97,6 +97,8 @@ async def _serve_with_front_ends(
     folder = Path(tempfile.mkdtemp(prefix="nanovllm-"))  # 0700
     try:
         family = FrontEnds(engine, options, listener, folder)
+        if options.engine_timeout_s:
+            engine.watch(options.engine_timeout_s)  # its parent is the one that can end it
         await family.start()
         announce(options, engine, keyring, listener)
         return await family.run()

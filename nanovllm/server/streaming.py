@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from nanovllm.errors import NONFINITE_LOGITS, NanoVllmError, NotFinite
 from nanovllm.outputs import GenerationOutput, PositionLogprobs
 from nanovllm.server.errors import HttpError
 from nanovllm.server.protocol import CompletionTokensDetails, GenerationFields, PromptTokensDetails, Usage
@@ -61,8 +62,10 @@ class Deltas:
         return found
 
 
-def _failure(reason: int | str | None) -> HttpError:
-    """With a reason it is the grammar's: no token of the vocabulary could follow. Without one it is ours."""
+def _failure(reason: int | str | None) -> NanoVllmError:
+    """With another reason it is the grammar's: no token of the vocabulary could follow. Without one it is ours."""
+    if reason == NONFINITE_LOGITS:
+        return NotFinite(reason)
     if isinstance(reason, str):
         return HttpError(400, f"no text of this form could be generated: {reason}", code="grammar_failed")
     return HttpError(500, "the generation failed", type="api_error", code="generation_failed")

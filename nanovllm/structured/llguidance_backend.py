@@ -9,6 +9,7 @@ is an optional extra: it is imported when the first request with a grammar comes
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -21,36 +22,38 @@ from nanovllm.errors import InvalidGrammar
 from nanovllm.sampling_params import StructuredOutput
 from nanovllm.structured.base import BITS, num_mask_words
 from nanovllm.structured.limits import check_limits
+from nanovllm.structured.mask_budget import MaskBudget
 from nanovllm.tokenizer import Tokenizer
 
 MAX_LEXER_STATES = 50_000  # of one sequence, 1 to 2 kB each
-MAX_COMPILE_SECONDS = 0.5  # of processor time, the first mask included; others wait that long for their tokens
+MAX_COMPILE_SECONDS = 0.5  # of processor time, the first mask included
 MAX_COMPILED = 64  # grammars kept for the next request with the same one
 MAX_MESSAGE_LENGTH = 400  # characters of a compiler's message
-# A grammar that is ambiguous enough makes each mask slower than the one before. Processor time, seconds:
-MASK_SECONDS_AT_ONCE = 1.0
-MASK_SECONDS_PER_TOKEN = 0.01
 # Between the parts of a JSON text. Without a limit small models write newlines until their tokens are used up.
 JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 
 
 class LLGuidanceMatcher:
-    def __init__(self, inner: Any, end_token_ids: Sequence[int], can_end_early: bool) -> None:
+    def __init__(self, inner: Any, end_token_ids: Sequence[int], can_end_early: bool, budget: MaskBudget) -> None:
         self.error: str | None = None
         self._inner = inner
         self._end_token_ids = end_token_ids
         self._can_end_early = can_end_early
-        self._seconds_left = MASK_SECONDS_AT_ONCE
+        self._budget = budget
 
-    def fork(self, can_end_early: bool) -> LLGuidanceMatcher:
+    def fork(self, can_end_early: bool, budget: MaskBudget) -> LLGuidanceMatcher:
         """The same place, to go on independently."""
-        return LLGuidanceMatcher(self._inner.deep_copy(), self._end_token_ids, can_end_early)
+        return LLGuidanceMatcher(self._inner.deep_copy(), self._end_token_ids, can_end_early, budget)
+
+    def give_up(self) -> None:
+        self._fail("it is too ambiguous: finding the next tokens takes too long")
 
     def fill_mask(self, mask: np.ndarray) -> None:
         started = time.thread_time()
         try:
             self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            self._check(mask, time.thread_time() - started)
+            self._check(mask)
+            self._budget.charge(self, time.thread_time() - started)
         except BaseException as error:  # also a panic, which is no Exception: it ends a sequence, not the engine
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
@@ -64,7 +67,6 @@ class LLGuidanceMatcher:
     def accept(self, token_id: int) -> str | None:
         if self.error is not None:
             return "error"
-        self._seconds_left += MASK_SECONDS_PER_TOKEN
         if token_id in self._end_token_ids and self._inner.is_accepting():
             return "stop"
         if not self._inner.consume_token(token_id):
@@ -72,14 +74,11 @@ class LLGuidanceMatcher:
             return "error"
         return "stop" if self._inner.is_stopped() else None
 
-    def _check(self, mask: np.ndarray, seconds: float) -> None:
-        self._seconds_left -= seconds
+    def _check(self, mask: np.ndarray) -> None:
         if self._inner.is_error():
             self._fail(_first_part(self._inner.get_error()))
         elif not mask.any():
             self._fail("no token fits here")
-        elif self._seconds_left < 0:
-            self._fail("it is too ambiguous: finding the next tokens takes too long")
 
     def _fail(self, message: str) -> None:
         self.error = self.error or message
@@ -105,16 +104,22 @@ class LLGuidanceGrammar:
         self._vocab_size = vocab_size
         self._end_token_ids = tuple(end_token_ids)
         self._compiled: OrderedDict[StructuredOutput, LLGuidanceMatcher] = OrderedDict()
+        self._lock = threading.Lock()  # of `_compiled`; nobody compiles under it
+        self._budget = MaskBudget()
 
     def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> LLGuidanceMatcher:
-        """Raises `InvalidGrammar`, with the compiler's words."""
-        if structured not in self._compiled:
+        """Raises `InvalidGrammar`, with the compiler's words. Threads may call it; most of a compilation lets others run."""
+        with self._lock:
+            compiled = self._compiled.get(structured)
+        if compiled is None:
             check_limits(structured)
-            self._compiled[structured] = self._compile(structured)
+            compiled = self._compile(structured)
+        with self._lock:
+            self._compiled[structured] = compiled
+            self._compiled.move_to_end(structured)
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(structured)
-        return self._compiled[structured].fork(can_end_early)
+            return compiled.fork(can_end_early, self._budget)
 
     def _compile(self, structured: StructuredOutput) -> LLGuidanceMatcher:
         library, vocabulary = self._library, self._vocabulary
@@ -126,8 +131,9 @@ class LLGuidanceGrammar:
             raise InvalidGrammar(f"{structured.kind}: {_first_part(str(error))}") from None
         if inner.is_error():
             raise InvalidGrammar(f"{structured.kind}: {_first_part(inner.get_error())}")
-        matcher = LLGuidanceMatcher(inner, self._end_token_ids, can_end_early=True)
-        first = matcher.fork(can_end_early=True)
+        unused = MaskBudget()  # this mask counts as compilation
+        matcher = LLGuidanceMatcher(inner, self._end_token_ids, True, unused)
+        first = matcher.fork(True, unused)
         first.fill_mask(np.zeros(num_mask_words(self._vocab_size), dtype=np.int32))
         if first.error is not None:
             raise InvalidGrammar(f"{structured.kind}: {first.error}")

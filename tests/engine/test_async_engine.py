@@ -952,3 +952,51 @@ class TestMessages:
     def test_a_call_takes_only_plain_values(self):
         message = Call(1, "set_limits", {"max_num_seqs": 3})
         assert messages.decode_for_engine(encode(message)) == message
+
+
+@pytest.fixture
+def grammars() -> Iterator[Service]:
+    service = Service(builder="served:slow_grammars", max_num_seqs=16)
+    yield service
+    service.close()
+
+
+class TestGrammarsAreCompiledBesideTheLoop:
+    """One takes a second."""
+
+    def test_others_go_on_meanwhile_and_the_request_is_served_then(self, grammars):
+        async def test(engine: AsyncEngine) -> tuple[float, float, GenerationOutput]:
+            form = greedy(5, structured=StructuredOutput("regex", "others"))
+            task, begun = asyncio.ensure_future(finish(engine, [1, 2], form)), time.monotonic()
+            last, longest = begun, 0.0
+            async for _ in engine.generate([3, 4], FOREVER):
+                longest, last = max(longest, time.monotonic() - last), time.monotonic()
+                if task.done():
+                    break
+            return longest, time.monotonic() - begun, task.result()
+
+        longest, took, output = grammars.run(test(grammars.engine))
+        assert 0.9 < took < 5 and longest < 0.5
+        assert output.token_ids == naive_generate([1, 2], 5)
+
+    def test_an_idle_loop_wakes_up_for_it(self, grammars):
+        begun = time.monotonic()
+        grammars.run(finish(grammars.engine, [1, 2], greedy(5, structured=StructuredOutput("regex", "idle"))))
+        assert 0.9 < time.monotonic() - begun < 1.7
+
+    def test_what_does_not_compile_is_the_answer_to_its_request(self, grammars):
+        with pytest.raises(InvalidGrammar, match="as told"):
+            grammars.run(finish(grammars.engine, [1, 2], greedy(5, structured=StructuredOutput("regex", "bad"))))
+
+    def test_who_leaves_before_it_is_compiled_is_forgotten(self, grammars):
+        async def test(engine: AsyncEngine) -> list[Any]:
+            before = (await engine.stats())["num_requests"]
+            task = asyncio.ensure_future(finish(engine, [1, 2], greedy(5, structured=StructuredOutput("regex", "left"))))
+            await asyncio.sleep(0.3)
+            waiting = (await engine.stats())["num_waiting"]
+            task.cancel()
+            await asyncio.sleep(1.2)
+            stats = await engine.stats()
+            return [waiting, stats["num_waiting"], stats["num_requests"] - before]
+
+        assert grammars.run(test(grammars.engine)) == [1, 0, 0]

@@ -106,6 +106,26 @@ class TestAttention:
         torch.testing.assert_close(*queries, rtol=0, atol=2e-6)
         torch.testing.assert_close(caches[0].permute(0, 2, 1, 3, 4), caches[1], rtol=0, atol=2e-6)
 
+    @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+    def test_what_is_not_a_number_does_not_reach_earlier_tokens(self, device, bad):
+        """A chunk of 40 tokens, the 30th of which is poisoned; then its slots belong to another sequence."""
+        spec = AttentionSpec(4, 2, 64, 16)
+        backend = TritonAttention(spec, torch.float32, device)
+        heads = torch.randn(40, 8, 64, device=device)
+        rotary = Rotary(torch.ones(40, 1, 64, device=device), torch.zeros(40, 1, 64, device=device))
+        slots, table = torch.arange(40, device=device), torch.arange(3, dtype=torch.int32, device=device)[None]
+        outputs = []
+        for value in (0.0, bad):
+            heads[30, 4:] = value
+            cache = torch.zeros(backend.kv_cache_shape(3), device=device)
+            query = backend.rotate_and_store(heads, None, rotary, cache, slots)
+            plan = backend.plan(AttentionInputs([0], [40], [0], table))
+            outputs.append(backend.attend(query, cache, plan))
+        assert torch.equal(outputs[0][:30], outputs[1][:30])
+        assert not outputs[1][30:].isfinite().any(1).any()
+        one = backend.attend(query[:1], cache, backend.plan(AttentionInputs([19], [1], [0], table)))
+        assert one.isfinite().all()
+
 
 class TestElementwise:
     @pytest.mark.parametrize("size", [576, 1024, 3000, 12288])
@@ -167,21 +187,25 @@ class TestSampling:
         assert differs.sum() <= 1
         assert torch.equal(table[rows.long(), where.long()], tokens.int())
 
-    def test_nan_never_wins(self, device):
-        logits = torch.full((2, 5000), math.nan, device=device)
-        logits[0, 4321] = -3.0
-        tokens = torch.zeros(2, dtype=torch.int64, device=device)
-        zeros = torch.zeros(2, dtype=torch.int32, device=device)
-        draw_tokens(
-            logits,
-            torch.zeros(2, device=device),
-            zeros,
-            zeros,
-            zeros,
-            torch.zeros(1, 4, dtype=torch.int32, device=device),
-            tokens,
-        )
-        assert tokens[0] == 4321 and 0 <= tokens[1] < 5000
+    @pytest.mark.parametrize("temperature", [0.0, 0.7])
+    def test_what_is_not_finite_is_no_token(self, device, temperature):
+        logits = not_finite(device)
+        num_rows = len(logits)
+        inverse = torch.full((num_rows,), 1 / temperature if temperature else 0.0, device=device)
+        tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        rows = torch.arange(num_rows, dtype=torch.int32, device=device)
+        table = torch.full((num_rows, 4), 99, dtype=torch.int32, device=device)
+        draw_tokens(logits, inverse, rows, rows, torch.zeros_like(rows), table, tokens)
+        assert tokens[:-1].tolist() == [-1] * (num_rows - 1) and tokens[-1] == 4321
+        assert table[:, 0].tolist() == [0] * (num_rows - 1) + [4321]
+
+
+def not_finite(device: torch.device) -> torch.Tensor:
+    """Rows that have no token: all NaN, one NaN, one infinity, nothing possible. And one in which a single token is possible."""
+    logits = torch.randn(5, 5000, device=device)
+    logits[0], logits[1, 17], logits[2, 4999], logits[3:] = math.nan, -math.nan, math.inf, -math.inf
+    logits[4, 4321] = -3.0
+    return logits
 
 
 def test_gather_inputs_looks_up_tokens_and_slots(device):
@@ -210,6 +234,14 @@ def test_top_p_draws_the_tokens_of_the_twin(device, dtype, has_min_p, scale):
     actual = draw_within_top_p(logits, inverse, top_p, min_p, keys)
     assert (actual != expected).sum() <= 1, "only a sum at the very edge of the nucleus may round otherwise"
     assert len(set(actual.tolist())) > 5 or scale > 3
+
+
+@pytest.mark.parametrize("has_min_p", [False, True])
+def test_top_p_of_what_is_not_finite_is_no_token(device, has_min_p):
+    column = torch.full((5, 1), 0.9, device=device)
+    keys = torch.arange(5, dtype=torch.int32, device=device)
+    tokens = draw_within_top_p(not_finite(device), column, column, column * 0.1 if has_min_p else None, keys)
+    assert tokens.tolist() == [-1, -1, -1, -1, 4321]
 
 
 def test_late_compiles_are_noticed(device):

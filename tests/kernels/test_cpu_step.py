@@ -105,6 +105,16 @@ class TestProducts:
         )
         assert not out[0].any()
 
+    @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
+    def test_of_what_is_not_finite_are_not_finite(self, pack, instruction_set, bad):
+        matrix, x = pack(random(32, 70)), random(5, 70, seed=1)
+        expected = multiply(matrix, x, instruction_set)
+        for row, column in ((1, 0), (2, 33), (3, 69)):
+            x[row, column] = bad
+        out = multiply(matrix, x, instruction_set)
+        assert not out[1:4].isfinite().any()
+        assert torch.equal(out[[0, 4]], expected[[0, 4]])
+
 
 @pytest.mark.parametrize("instruction_set", HERE)
 @pytest.mark.parametrize("pack", PACKERS)

@@ -183,7 +183,7 @@ def test_top_p_cuts_equals_too(row: Row, sample: Sample) -> None:
 
 
 @pytest.mark.parametrize("options", MIXED, ids=str)
-def test_nan_and_infinities_give_a_token_in_range(row: Row, sample: Sample, options: dict[str, Any]) -> None:
+def test_nan_and_infinity_are_no_token(row: Row, sample: Sample, options: dict[str, Any]) -> None:
     logits = random_logits(5)
     logits[0] = math.nan
     logits[1, 5] = math.nan
@@ -192,11 +192,13 @@ def test_nan_and_infinities_give_a_token_in_range(row: Row, sample: Sample, opti
     logits[4, 9] = math.inf
     result = sample(logits, [row(seed=i, num_prompt=1, **options) for i in range(5)], [[0, 1, 1]] * 5)
     drawn = result.token_ids.tolist()
-    assert all(0 <= token < VOCAB_SIZE for token in drawn)
-    if "allowed_token_ids" not in options:
-        assert drawn[3] < 7
-    if not options.keys() & {"allowed_token_ids", "bad_words"}:
-        assert drawn[4] == 9
+    assert drawn[0] == -1
+    assert drawn[2] == -1 or options.keys() & {"allowed_token_ids", "bad_words"}  # what they forbid is finite
+    if "allowed_token_ids" in options:
+        assert {drawn[1], drawn[4]} < {1, 2, 3, 100}  # neither may be drawn
+    else:
+        assert (drawn[1], drawn[4]) == (-1, -1 if "bad_words" not in options else drawn[4])  # 1, 9 is a bad word
+        assert 0 <= drawn[3] < 7
 
 
 def test_a_nan_row_leaves_its_neighbours_alone(row: Row, sample: Sample) -> None:

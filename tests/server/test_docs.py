@@ -81,3 +81,17 @@ def test_the_index_names_every_page():
         index = (folder / "README.md").read_text(encoding="utf-8")
         pages = {path.name for path in FOLDER.glob("*.md")} - {"README.md"}
         assert not [page for page in pages if f"({page})" not in index and f"(../{page})" not in index]
+
+
+def test_every_test_that_the_security_page_names_exists():
+    """And each line of its table names one."""
+    text = (FOLDER / "security.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| **", "| ---", "| promise"))]
+    assert len(lines) > 30
+    for line in lines:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", line)
+        assert named, line
+        for path, name in named:
+            assert re.search(
+                rf"^ *(async )?def {name}\(", (FOLDER.parents[1] / path).read_text(encoding="utf-8"), re.MULTILINE
+            ), name

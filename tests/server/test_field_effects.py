@@ -497,6 +497,19 @@ def test_tools(tiny):
     assert param(tiny, CHAT, tools=[TOOL], tool_choice="required", guided_regex="a") == "tool_choice"
 
 
+def test_a_call_that_max_tokens_cuts_is_the_last_one_and_the_reason_says_so(tiny):
+    call = '<tool_call>\n{"name": "look", "arguments": {"n": 7}}\n</tool_call>'
+    options = {"guided_grammar": f"start: {json.dumps(call)} {json.dumps(call)}", "tools": [TOOL], "ignore_eos": False}
+    seen = set()
+    for max_tokens in range(20, 70):
+        one = choice(tiny, CHAT, **options, max_tokens=max_tokens)
+        calls = one["message"].get("tool_calls") or []
+        seen.add((one["finish_reason"], len(calls)))
+        whole = calls if one["finish_reason"] == "tool_calls" else calls[:-1]
+        assert [json.loads(call["function"]["arguments"]) for call in whole] == [{"n": 7}] * len(whole)
+    assert {("length", 1), ("length", 2), ("tool_calls", 2)} <= seen
+
+
 @pytest.mark.honours(CHAT, "include_reasoning")
 def test_reasoning_is_split_off(tiny):
     thought = {"guided_regex": "<think>Hm\\. So</think>Yes", "ignore_eos": False, "max_tokens": 40}

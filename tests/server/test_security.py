@@ -21,6 +21,7 @@ from nanovllm.server.auth import Key, Keyring, _digest
 from nanovllm.server.body import parse
 from nanovllm.server.errors import BadField
 from nanovllm.server.options import ServerOptions
+from nanovllm.server.protocol import ChatRequest
 
 USER, OTHER, ADMIN = "sk-user-12345", "sk-other-12345", "sk-admin-12345"
 PACKAGE = Path(nanovllm.__file__).parent
@@ -604,3 +605,18 @@ def test_the_server_has_no_pickle_no_eval_and_reads_the_environment_for_keys_alo
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\b(pickle|marshal|shelve|cloudpickle|eval\(|exec\(|torch\.load|__import__)", text), path
         assert not re.search(r"os\.environ|getenv", text) or path.name == "auth.py", path
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "hint"),
+    [
+        ({"stream_options": {"includ_usage": True}}, "stream_options.includ_usage", "include_usage"),
+        ({"messages": [{"role": "user", "contnt": "x"}]}, "messages[0].contnt", "content"),
+        ({"tools": [{"type": "function", "function": {"nme": "f"}}]}, "tools[0].function.nme", "name"),
+    ],
+)
+def test_an_unknown_field_inside_of_another_gets_a_suggestion(body, name, hint):
+    body = {"messages": [{"role": "user", "content": "x"}], **body}
+    with pytest.raises(BadField, match=f"did you mean '{hint}'") as caught:
+        parse(json.dumps(body).encode(), ChatRequest, {}, 64)
+    assert caught.value.param == name

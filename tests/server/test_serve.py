@@ -138,6 +138,36 @@ def test_kill_9_of_the_engine_is_told_to_streams_and_probes_and_ends_with_status
         assert any("the engine has died" in line for line in running.lines)
 
 
+@pytest.mark.parametrize("num_frontends", [1, 2])
+def test_an_engine_that_hangs_is_told_to_streams_and_probes_and_ends_with_status_1(num_frontends):
+    with server(engine_timeout_s=3.0, num_frontends=num_frontends) as running:
+        time.sleep(4)  # an idle engine gives signs of life, too
+        assert running.request("GET", "/health")[0] == 200
+        connection = running.stream(max_tokens=10_000)
+        (engine,) = running.children("engine_main")
+        os.kill(engine, signal.SIGSTOP)
+        stopped = time.monotonic()
+        answer = read_all(connection)
+        assert 1.5 < time.monotonic() - stopped < 6
+        assert b'"code":"engine_dead"' in answer
+        assert running.request("GET", "/health")[0] == 503
+        assert running.wait() == 1
+        assert any("no sign of life for 3 seconds" in line for line in running.lines)
+        with pytest.raises(ProcessLookupError):
+            os.kill(engine, 0)
+
+
+def test_without_a_limit_a_hung_engine_is_waited_for():
+    with server(engine_timeout_s=0.0) as running:
+        connection = running.stream(max_tokens=500)
+        (engine,) = running.children("engine_main")
+        os.kill(engine, signal.SIGSTOP)
+        time.sleep(5)
+        assert running.request("GET", "/health")[0] == 200
+        os.kill(engine, signal.SIGCONT)
+        assert b"data: [DONE]" in read_all(connection)
+
+
 def test_an_engine_that_breaks_in_a_step_ends_the_server_the_same_way():
     with server("served:failing") as running:
         status, body = running.request("POST", "/v1/completions", {"model": "fake", "prompt": "w1", "max_tokens": 50})

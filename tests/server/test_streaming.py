@@ -13,10 +13,9 @@ from hypothesis import given, strategies as st
 from nanovllm.llm import load_tokenizer
 from nanovllm.loaders.checkpoint import open_checkpoint
 from nanovllm.outputs import CompletionOutput, GenerationOutput, RequestMetrics
-from nanovllm.sampling_params import StructuredOutput
 from nanovllm.server.conversation import Conversation, Items, TurnReader
 from nanovllm.server.errors import BadField, HttpError, Unavailable
-from nanovllm.server.grammars import MAX_WAITING, Grammars
+from nanovllm.server.grammars import MAX_WAITING, Grammars, Turns
 from nanovllm.server.options import ServerOptions
 from nanovllm.server.parts import Reasoning, Text, ToolCallArguments, ToolCallStart
 from nanovllm.server.protocol import CompletionChoice
@@ -214,7 +213,30 @@ def test_grammars_have_a_size_and_a_queue_with_an_end():
     with pytest.raises(BadField, match="max_schema_bytes=100") as caught:
         asyncio.run(grammars.make("response_format", "regex", "a" * 101))
     assert caught.value.param == "response_format"
-    grammars._num_waiting = MAX_WAITING
-    with pytest.raises(Unavailable):
-        asyncio.run(grammars._check(StructuredOutput("regex", "a")))
     grammars.close()
+
+
+def test_keys_take_turns_at_the_compiler_and_one_that_fills_its_queue_is_told_so():
+    async def test() -> None:
+        turns, order, gate = Turns(), [], asyncio.Event()
+
+        async def work(key: str, number: int) -> None:
+            async with turns.turn(key):
+                order.append((key, number))
+                await gate.wait()
+
+        tasks = [asyncio.ensure_future(work("greedy", number)) for number in range(MAX_WAITING + 1)]
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable) as caught:
+            await work("greedy", 99)
+        assert caught.value.code == "grammars_waiting"
+        tasks += [asyncio.ensure_future(work("other", number)) for number in range(3)]
+        await asyncio.sleep(0)
+        tasks.pop(2).cancel()  # who leaves the queue is forgotten
+        gate.set()
+        await asyncio.gather(*tasks)
+        assert order[:6] == [("greedy", 0), ("greedy", 1), ("other", 0), ("greedy", 3), ("other", 1), ("greedy", 4)]
+        assert len(order) == MAX_WAITING + 3
+        await work("later", 1)
+
+    asyncio.run(test())

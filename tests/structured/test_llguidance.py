@@ -20,8 +20,9 @@ from test_tokenizer import byte_level_backend, sentencepiece_backend, unigram_ba
 from nanovllm import StructuredOutput
 from nanovllm.errors import InvalidGrammar
 from nanovllm.sampling.penalties import fill_masks
-from nanovllm.structured import llguidance_backend
+from nanovllm.structured import llguidance_backend, mask_budget
 from nanovllm.structured.llguidance_backend import LLGuidanceGrammar, LLGuidanceMatcher
+from nanovllm.structured.mask_budget import FREE_SECONDS, SECONDS_AT_ONCE, SECONDS_PER_ENDED, MaskBudget
 from nanovllm.tokenizer import Tokenizer
 from nanovllm.tokenizer_files import TokenizerParts
 
@@ -170,7 +171,7 @@ def test_a_matcher_that_breaks_tells_it_with_the_next_token(byte_level):
         def unsafe_compute_mask_ptr(self, *_):
             raise BaseException("as a panic")
 
-    matcher = LLGuidanceMatcher(Broken(), [byte_level.end], True)
+    matcher = LLGuidanceMatcher(Broken(), [byte_level.end], True, MaskBudget())
     assert byte_level.allowed(matcher) == {byte_level.end}
     assert matcher.accept(byte_level.end) == "error" and "as a panic" in matcher.error
 
@@ -183,23 +184,50 @@ def test_nothing_allowed_is_an_error(byte_level):
         def is_error(self):
             return False
 
-    matcher = LLGuidanceMatcher(Silent(), [byte_level.end], True)
+    matcher = LLGuidanceMatcher(Silent(), [byte_level.end], True, MaskBudget())
     fill_masks([matcher], byte_level.vocab_size)
     assert matcher.accept(3) == "error" and matcher.error == "no token fits here"
 
 
-def test_a_grammar_that_gets_slower_and_slower_is_ended(byte_level, monkeypatch):
-    monkeypatch.setattr(llguidance_backend, "MASK_SECONDS_AT_ONCE", 0.1)
-    monkeypatch.setattr(llguidance_backend, "MASK_SECONDS_PER_TOKEN", 0.0005)
-    matcher = byte_level.compile(StructuredOutput("grammar", 'start: x\nx: x x x | "a" | "b"'))
-    a = byte_level.tokenizer.token_to_id("a")
-    started = time.thread_time()
-    for _ in range(3000):
-        fill_masks([matcher], byte_level.vocab_size)
-        if matcher.accept(a):
-            break
-    assert matcher.error is not None and ("too ambiguous" in matcher.error or "items" in matcher.error)
+@pytest.mark.parametrize("number", [1, 8])
+def test_grammars_that_get_slower_and_slower_are_ended_and_cost_a_step_so_much_however_many_they_are(number, monkeypatch):
+    monkeypatch.setattr(mask_budget, "FREE_SECONDS", 0.00005)
+    monkeypatch.setattr(mask_budget, "SECONDS_AT_ONCE", 0.1)
+    model = Model(byte_level_backend())  # with a budget of its own
+    slow = [model.compile(StructuredOutput("grammar", 'start: x\nx: x x x | "a" | "b"')) for _ in range(number)]
+    fast = model.compile(StructuredOutput("regex", "a+"))
+    a = model.tokenizer.token_to_id("a")
+    longest, started = 0.0, time.thread_time()
+    while running := [matcher for matcher in slow if matcher.error is None]:
+        before = time.thread_time()
+        fill_masks([*running, fast], model.vocab_size)
+        longest = max(longest, time.thread_time() - before)
+        assert fast.accept(a) is None
+        for matcher in running:
+            matcher.accept(a)
+    assert [matcher.error for matcher in slow if not re.search("too ambiguous|items", matcher.error)] == []
+    assert longest < 0.1 + number * 2 * SECONDS_PER_ENDED + 0.2
     assert time.thread_time() - started < 10
+
+
+def test_the_budget_refills_with_time_and_the_one_that_took_most_ends_first():
+    class Spender:
+        ended = False
+
+        def give_up(self):
+            self.ended = True
+
+    now = 0.0
+    budget = MaskBudget(lambda: now)
+    small, large = Spender(), Spender()
+    for _ in range(100):  # a third of the time for slow masks: for ever
+        budget.charge(large, 0.1 + FREE_SECONDS)
+        budget.charge(small, FREE_SECONDS)
+        now += 0.3
+    assert not small.ended and not large.ended
+    budget.charge(large, SECONDS_AT_ONCE - 0.1)
+    budget.charge(small, 0.2)
+    assert large.ended and not small.ended, "also when it is another that finds it empty"
 
 
 def test_forks_of_one_compilation_do_not_disturb_each_other(byte_level):

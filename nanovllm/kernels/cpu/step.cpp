@@ -430,9 +430,13 @@ struct Activations {
         int8_t* q = out.values.data() + size_t(m) * padded_in;
         size_t first_group = size_t(m) * (padded_in / GROUP);
         for (int start = 0; start < padded_in; start += width) {
-            Floats most = broadcast(0.0f);
-            for (int i = start; i < start + width; i += LANES) most = larger(most, absolute(load(x + i)));
-            float peak = largest(most), scale = peak / 127.0f;
+            Floats most = broadcast(0.0f), zero = broadcast(0.0f), bad = zero;  // bad: NaN if any value is not finite, else 0
+            for (int i = start; i < start + width; i += LANES) {
+                Floats part = load(x + i);
+                most = larger(most, absolute(part));
+                bad = fma(part, zero, bad);
+            }
+            float peak = largest(most), scale = peak / 127.0f + sum(bad);  // an integer cannot be NaN, its scale can
             Floats inverse = broadcast(peak > 0 ? 127.0f / peak : 0.0f), total = broadcast(0.0f);
             for (int i = start; i < start + width; i += LANES) {
                 Floats scaled = nearest_whole(smaller(larger(load(x + i) * inverse, broadcast(-127.0f)), broadcast(127.0f)));

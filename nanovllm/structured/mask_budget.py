@@ -1,0 +1,47 @@
+"""What slow masks may cost a step: one budget for all sequences of an engine, so that many of them cannot slow everybody.
+
+A grammar that is ambiguous enough makes each mask slower than the one before. What masks take beyond the usual comes out of
+the budget, which refills with time. When it is empty, the sequence that has taken most out of it ends, with an error of its
+own. So the slow masks of one step together take half a second once, and half of the time in the long run, however many
+sequences there are; and an ordinary mask is never charged. Knows no grammar.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+FREE_SECONDS = 0.001  # of processor time, per mask; usual ones take less than half of it
+SECONDS_AT_ONCE = 0.5
+SHARE_OF_TIME = 0.5  # that slow masks may take: the other steps take at most twice as long
+SECONDS_PER_ENDED = 0.05  # given back when a sequence ends, so that not all end at once
+
+
+class Spender(Protocol):
+    def give_up(self) -> None: ...
+
+
+class MaskBudget:
+    """Used by the thread that drives the engine."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seconds_left, self._time = SECONDS_AT_ONCE, clock()
+        self._spent: WeakKeyDictionary[Spender, float] = WeakKeyDictionary()
+
+    def charge(self, spender: Spender, seconds: float) -> None:
+        """`spender` has taken `seconds` for a mask. May call `give_up`, of this one or of another."""
+        excess = seconds - FREE_SECONDS
+        if excess <= 0:
+            return
+        now = self._clock()
+        refilled = self._seconds_left + SHARE_OF_TIME * (now - self._time)
+        self._seconds_left, self._time = min(SECONDS_AT_ONCE, refilled) - excess, now
+        self._spent[spender] = self._spent.get(spender, 0.0) + excess
+        if self._seconds_left < 0:
+            slowest = max(self._spent, key=lambda one: self._spent[one])
+            del self._spent[slowest]
+            self._seconds_left = SECONDS_PER_ENDED
+            slowest.give_up()
