@@ -585,7 +585,7 @@ struct Activations {
     }
 
     /// Call when `row(m)` holds `num_in` values.
-    void finish_row(int m, int num_in) {
+    [[gnu::noinline]] void finish_row(int m, int num_in) {
         float* x = row(m);
         std::fill(x + num_in, x + padded_in, 0.0f);
         for (int group = 0; group < padded_in / GROUP; group++, x += GROUP) {
@@ -626,17 +626,25 @@ struct Activations {
 // A tile is R rows by one block of 16 channels, held in R registers: weights are read once for R rows. The rows must lie in
 // one stretch of 8. out: [R][16].
 
+/// Weights are one long stream from memory; the processor's own guess at what comes next ends with every page of 4 KiB.
+inline void prefetch_weights(const void* values, int num_bytes) {
+    constexpr int AHEAD = 2048, LINE = 64;
+    for (int i = 0; i < num_bytes; i += LINE) __builtin_prefetch(static_cast<const char*>(values) + AHEAD + i);
+}
+
 template <int R>
 void multiply_bfloat16(const Matrix& w, int block, const Activations& x, int first_row, float* out) {
     Floats tile[R];
     for (int r = 0; r < R; r++) tile[r] = broadcast(0.0f);
     const uint16_t* values = reinterpret_cast<const uint16_t*>(w.values) + size_t(block) * w.padded_in * CHANNELS;
     const PairInput* inputs = x.pairs.data() + x.place(first_row, 0) * GROUP;
-    for (int g = 0; g < w.num_groups(); g++, inputs += TILE_ROWS * GROUP)
+    for (int g = 0; g < w.num_groups(); g++, inputs += TILE_ROWS * GROUP) {
+        prefetch_weights(values, 2 * GROUP * CHANNELS);
         for (int i = 0; i < GROUP; i += PAIR, values += CHANNELS * PAIR) {
             Pairs weights = load_pairs(values);
             for (int r = 0; r < R; r++) tile[r] = add_pair(tile[r], weights, inputs + r * GROUP + i);
         }
+    }
     for (int r = 0; r < R; r++) store(out + r * CHANNELS, tile[r]);
 }
 
@@ -648,6 +656,7 @@ void multiply_int8_group(const Matrix& w, int block, const Activations& x, int f
     const uint16_t* scales = w.scales + size_t(block) * w.num_groups() * CHANNELS;
     size_t place = x.place(first_row, 0);
     for (int g = 0; g < w.num_groups(); g++, scales += CHANNELS, place += TILE_ROWS) {
+        prefetch_weights(values, GROUP * CHANNELS);
         Ints sums[R];
         for (int r = 0; r < R; r++) sums[r] = start_signed(&x.minus_128_sums[place + r]);
         const int8_t* inputs = x.integers.data() + place * GROUP;
@@ -670,6 +679,7 @@ void multiply_int4_group(const Matrix& w, int block, const Activations& x, int f
     size_t first_scale = size_t(block) * w.num_groups() * CHANNELS, place = x.place(first_row, 0);
     const uint16_t *scales = w.scales + first_scale, *minimums = w.minimums + first_scale;
     for (int g = 0; g < w.num_groups(); g++, scales += CHANNELS, minimums += CHANNELS, place += TILE_ROWS) {
+        prefetch_weights(values, GROUP * CHANNELS / 2);
         NibbleSums sums[R];
         for (int r = 0; r < R; r++) sums[r] = start_nibbles();
         const int8_t* inputs = x.integers.data() + place * GROUP;
@@ -943,7 +953,7 @@ class Decoder {
     /// hidden: [M, h] -> logits: [M, V].
     void logits(const float* hidden, int num_rows, float* out) { multiply_plain(model_.head, hidden, num_rows, out); }
 
-    void multiply_plain(const Matrix& w, const float* x, int num_rows, float* out) {
+    [[gnu::noinline]] void multiply_plain(const Matrix& w, const float* x, int num_rows, float* out) {
         activations_.prepare_for({&w}, num_rows);
         each_row(num_rows, [&](int m) {
             std::copy_n(x + size_t(m) * w.num_in, w.num_in, activations_.row(m));
