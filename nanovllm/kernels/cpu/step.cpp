@@ -127,10 +127,10 @@ inline Floats add_pair(Floats sums, Pairs w, const PairInput* x) {
 #else
 const char* instruction_set() { return "avx512"; }
 using PairInput = float;
-const __m512i UPPER = _mm512_set1_epi32(-65536);  // halves
-inline void store_pairs(PairInput* p, Floats x) { _mm512_storeu_si512(p, _mm512_and_si512(round_to_upper(x), UPPER)); }
+inline __m512i upper_halves(__m512i a) { return _mm512_and_si512(a, _mm512_set1_epi32(-65536)); }
+inline void store_pairs(PairInput* p, Floats x) { _mm512_storeu_si512(p, upper_halves(round_to_upper(x))); }
 inline Floats add_pair(Floats sums, Pairs w, const PairInput* x) {
-    Floats first{_mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16))}, second{_mm512_castsi512_ps(_mm512_and_si512(w.v, UPPER))};
+    Floats first{_mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16))}, second{_mm512_castsi512_ps(upper_halves(w.v))};
     return fma(second, broadcast(x[1]), fma(first, broadcast(x[0]), sums));
 }
 #endif
