@@ -178,6 +178,23 @@ def test_states_are_the_same_bits_for_any_chunks_neighbours_and_threads(family, 
     assert torch.equal(whole, states(64, 5, 1, neighbour=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("instruction_set", HERE)
+@pytest.mark.parametrize("family", TOYS)
+def test_states_are_the_same_bits_for_any_block_size(family, instruction_set, dtype):
+    """Blocks of 16 or 32 are read a register at a time, others value by value."""
+
+    def states(block_size: int) -> Tensor:
+        driver = CompiledDriver(compiled(family, "int4", instruction_set, dtype), block_size=block_size)
+        driver.seat(0, PROMPTS[5], [5, 4, 3, 2, 1, 0, *range(20, 33)])
+        driver.seat(1, PROMPTS[4], [19, 18, 17, 15, 16, 14, 13, 12, 11])
+        first = driver.step((0, 0, 45), (1, 0, 17))
+        return torch.cat([*first, *driver.step((1, 17, 1), (0, 45, 25))])
+
+    assert torch.equal(states(4), states(16))
+    assert torch.equal(states(4), states(32))
+
+
 def make_engine(family: str = "qwen3", **options: Any) -> LLMEngine:
     defaults = {
         "dtype": "float32",
