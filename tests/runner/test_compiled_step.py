@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from kernels.test_cpu_step import rounded, unpack
 from models.toys import CPU, Driver, make_toy
 from support import assert_nothing_is_held, drain
 from torch import Tensor
@@ -22,6 +23,9 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ConfigError
 from nanovllm.kernels.cpu import build
+from nanovllm.kernels.cpu.packing import Kind
+from nanovllm.layers.embedding import OutputHead
+from nanovllm.layers.linear import Linear
 from nanovllm.llm import build_engine
 from nanovllm.loaders.checkpoint import open_checkpoint
 from nanovllm.loaders.load import load_weights
@@ -41,6 +45,7 @@ TOYS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 80, "num_key_value_heads": 1, "hidden_size": 50},  # all share one; sizes that need padding
 }
 PROMPTS = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 3, 9, 17, 33, 70)]
+TIES = 0.01  # relative error that activations rounded to another side may cause
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
 
 
@@ -58,8 +63,6 @@ class AsPacked:
         self.names, self.shape = source.names, source.shape
 
     def load(self, name: str) -> Tensor:
-        from kernels.test_cpu_step import unpack
-
         matrix = self.model._matrices.get(name.removesuffix(".weight"))
         return self.source.load(name) if matrix is None else unpack(matrix)
 
@@ -81,6 +84,10 @@ def torch_twin(model: CompiledDecoder, family: str) -> Any:
     twin = find_family(spec.architecture)(spec, ParallelGroup(), torch.float32)
     load_weights(twin, AsPacked(source, model))  # type: ignore[arg-type]
     twin.finish_loading(CPU, 512)
+    kind = Kind.BFLOAT16 if model.compute == "bf16" else Kind.INT8_GROUP
+    for module in twin.modules():
+        if isinstance(module, Linear | OutputHead):
+            module.register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0], kind), *inputs[1:]))
     return twin
 
 
@@ -127,12 +134,12 @@ def drive(driver: Driver) -> list[Tensor]:
 @pytest.mark.parametrize("instruction_set", HERE)
 @pytest.mark.parametrize("family", TOYS)
 class TestLogitsAreThoseOfTheTorchModel:
-    @pytest.mark.parametrize("compute, tolerance", [("bf16", 2e-5), ("int8", 0.05), ("int4", 0.05)])
-    def test_with_the_same_weights(self, family, instruction_set, compute, tolerance):
-        """Integers add the rounding of the activations; with bf16 weights the activations stay float32."""
+    @pytest.mark.parametrize("compute", COMPUTES)
+    def test_with_the_same_weights(self, family, instruction_set, compute):
+        """The twin rounds activations as the step does; near a tie they may still fall to different sides."""
         model = compiled(family, compute, instruction_set)
         for ours, theirs in zip(drive(CompiledDriver(model)), drive(Driver(torch_twin(model, family))), strict=True):
-            assert (ours - theirs).norm() / theirs.norm() < tolerance
+            assert (ours - theirs).norm() / theirs.norm() < TIES
 
     def test_with_a_bfloat16_cache(self, family, instruction_set):
         model = compiled(family, "bf16", instruction_set, torch.bfloat16)
@@ -140,13 +147,13 @@ class TestLogitsAreThoseOfTheTorchModel:
             assert (ours - theirs).norm() / theirs.norm() < 0.02
 
 
-@pytest.mark.skipif(len(HERE) < 2, reason="this processor has the portable path only")
+@pytest.mark.parametrize("instruction_set", HERE[:-1])
 @pytest.mark.parametrize("compute", COMPUTES)
 @pytest.mark.parametrize("family", TOYS)
-def test_instruction_sets_agree(family, compute):
-    """Integers may round an activation to the other side of a tie, so not every last bit."""
-    ours, theirs = (torch.cat(drive(CompiledDriver(compiled(family, compute, name)))) for name in HERE)
-    assert (ours - theirs).norm() / theirs.norm() < (1e-5 if compute == "bf16" else 0.01)
+def test_instruction_sets_agree_with_the_portable_one(family, compute, instruction_set):
+    """Sums have another order, so an activation may be rounded to the other side of a tie: not every last bit."""
+    ours, theirs = (torch.cat(drive(CompiledDriver(compiled(family, compute, name)))) for name in (instruction_set, HERE[-1]))
+    assert (ours - theirs).norm() / theirs.norm() < TIES
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
@@ -169,6 +176,23 @@ def test_states_are_the_same_bits_for_any_chunks_neighbours_and_threads(family, 
     whole = states(70)
     assert torch.equal(whole, states(1, 3, 29, 37, threads=3))
     assert torch.equal(whole, states(64, 5, 1, neighbour=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("instruction_set", HERE)
+@pytest.mark.parametrize("family", TOYS)
+def test_states_are_the_same_bits_for_any_block_size(family, instruction_set, dtype):
+    """Blocks of 16 or 32 are read a register at a time, others value by value."""
+
+    def states(block_size: int) -> Tensor:
+        driver = CompiledDriver(compiled(family, "int4", instruction_set, dtype), block_size=block_size)
+        driver.seat(0, PROMPTS[5], [5, 4, 3, 2, 1, 0, *range(20, 33)])
+        driver.seat(1, PROMPTS[4], [19, 18, 17, 15, 16, 14, 13, 12, 11])
+        first = driver.step((0, 0, 45), (1, 0, 17))
+        return torch.cat([*first, *driver.step((1, 17, 1), (0, 45, 25))])
+
+    assert torch.equal(states(4), states(16))
+    assert torch.equal(states(4), states(32))
 
 
 def make_engine(family: str = "qwen3", **options: Any) -> LLMEngine:

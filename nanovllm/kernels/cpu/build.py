@@ -5,7 +5,7 @@ It is written under another name and then renamed: two processes may build at on
 says so in one log line and returns None; the torch path runs. The C interface is described in library.py.
 
     NANOVLLM_CACHE    where built libraries go, else ~/.cache/nanovllm
-    NANOVLLM_CPU_ISA  forces "portable" or "avx2", for tests and measurements
+    NANOVLLM_CPU_ISA  forces one of INSTRUCTION_SETS, for tests and measurements
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ SOURCE = Path(__file__).with_name("step.cpp")
 COMPILERS = ("g++", "clang++", "c++")
 COMMON_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 # Best first; each needs these features of the processor, and the compiler's flags for them.
+AVX512_FEATURES = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
+AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
 INSTRUCTION_SETS: dict[str, tuple[set[str], tuple[str, ...]]] = {
+    "avx512-bf16": (AVX512_FEATURES | {"avx512_bf16"}, (*AVX512_FLAGS, "-mavx512bf16")),
+    "avx512": (AVX512_FEATURES, AVX512_FLAGS),
     "avx2": ({"avx2", "fma", "f16c"}, ("-mavx2", "-mfma", "-mf16c")),
     "portable": (set(), ()),
 }

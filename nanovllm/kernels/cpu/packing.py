@@ -1,7 +1,8 @@
 """Weights in the order in which the compiled step reads them: blocks of 16 output channels.
 
 One block is what one instruction can use for 16 channels at once. Integer formats go four inputs (a quad) at a time,
-because that is what the integer instructions of AVX2, VNNI and AMX multiply and add. Example: 32 channels, 8 inputs:
+because that is what the integer instructions of AVX2, VNNI and AMX multiply and add; bfloat16 goes two inputs (a pair) at
+a time. Example: 32 channels, 8 inputs:
 
     int8 values   [2 blocks, 2 quads, 16 channels, 4 inputs]
     element of channel 17, input 5: block 1, quad 1, channel 1, input 1
@@ -22,15 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHANNELS = 16  # output channels of a block
-QUAD = 4  # inputs
 GROUP = 32  # inputs that share a scale
 
 
 class Kind(IntEnum):
     BFLOAT16 = 0
-    INT8_CHANNEL = 1  # one float32 scale per output channel
-    INT8_GROUP = 2  # one float16 scale per 32 inputs
-    INT4_GROUP = 3  # one float16 scale and minimum per 32 inputs; value = scale * nibble + minimum
+    INT8_GROUP = 1  # one float16 scale per 32 inputs
+    INT4_GROUP = 2  # one float16 scale and minimum per 32 inputs; value = scale * nibble + minimum
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +54,14 @@ class PackedMatrix:
 
 
 def pack_bfloat16(weight: Tensor) -> PackedMatrix:
-    return PackedMatrix(Kind.BFLOAT16, weight.shape[0], weight.shape[1], to_blocks(pad(weight, GROUP).bfloat16()))
-
-
-def pack_int8_channel(weight: Tensor) -> PackedMatrix:
-    padded = pad(weight.float(), GROUP)
-    scales = padded.abs().amax(1) / 127  # [padded_out]
-    values = quantize(padded, scales.unsqueeze(1), -127, 127).to(torch.int8)
-    return PackedMatrix(Kind.INT8_CHANNEL, weight.shape[0], weight.shape[1], quads_to_blocks(values), scales)
+    return PackedMatrix(Kind.BFLOAT16, weight.shape[0], weight.shape[1], words_to_blocks(pad(weight, GROUP).bfloat16()))
 
 
 def pack_int8_group(weight: Tensor) -> PackedMatrix:
     groups = pad(weight.float(), GROUP).unflatten(1, (-1, GROUP))  # [padded_out, num_groups, 32]
     scales = (groups.abs().amax(2) / 127).half()
     values = quantize(groups, scales.float().unsqueeze(2), -127, 127).to(torch.int8)
-    return PackedMatrix(Kind.INT8_GROUP, weight.shape[0], weight.shape[1], quads_to_blocks(values.flatten(1)), to_blocks(scales))
+    return PackedMatrix(Kind.INT8_GROUP, weight.shape[0], weight.shape[1], words_to_blocks(values.flatten(1)), to_blocks(scales))
 
 
 def pack_int4_group(weight: Tensor) -> PackedMatrix:
@@ -92,7 +84,7 @@ def quantize(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 def pack_q8_0(raw: np.ndarray) -> PackedMatrix:
     blocks = block_bytes(raw, 34)
     values = pad(blocks[:, :, 2:].contiguous().view(torch.int8).flatten(1), GROUP)
-    return PackedMatrix(Kind.INT8_GROUP, *shape_of(blocks), quads_to_blocks(values), to_blocks(pad(halves(blocks, 0), 1)))
+    return PackedMatrix(Kind.INT8_GROUP, *shape_of(blocks), words_to_blocks(values), to_blocks(pad(halves(blocks, 0), 1)))
 
 
 def pack_q4_0(raw: np.ndarray) -> PackedMatrix:
@@ -126,7 +118,7 @@ def halves(blocks: Tensor, start: int) -> Tensor:
 
 def nibble_matrix(num_out: int, num_in: int, nibbles: Tensor, scales: Tensor, minimums: Tensor) -> PackedMatrix:
     """nibbles: [.., num_groups, 16] bytes, where byte j has value j of its group low and value j + 16 high."""
-    packed = quads_to_blocks(pad(nibbles.flatten(1), 1).contiguous())
+    packed = words_to_blocks(pad(nibbles.flatten(1), 1).contiguous())
     return PackedMatrix(Kind.INT4_GROUP, num_out, num_in, packed, to_blocks(pad(scales, 1)), to_blocks(pad(minimums, 1)))
 
 
@@ -143,6 +135,6 @@ def to_blocks(matrix: Tensor) -> Tensor:
     return matrix.unflatten(0, (-1, CHANNELS)).transpose(1, 2).contiguous()
 
 
-def quads_to_blocks(matrix: Tensor) -> Tensor:
-    """[padded_out, columns] bytes -> [padded_out / 16, columns / 4, 16, 4] bytes: quads move as one."""
+def words_to_blocks(matrix: Tensor) -> Tensor:
+    """[padded_out, columns] of 1 or 2 bytes -> [padded_out / 16, words, 16, bytes]: 4 bytes, a quad or a pair, move as one."""
     return to_blocks(matrix.view(torch.int32)).view(torch.uint8)

@@ -15,89 +15,214 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <limits>
-#include <memory>
 #include <sched.h>
 #include <thread>
 #include <vector>
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#define USE_AVX512 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define USE_AVX2 1
+#endif
+#if defined(USE_AVX512) || defined(USE_AVX2)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-constexpr int LANES = 8;      // floats in a register
-constexpr int CHANNELS = 16;  // output channels in a packed block: two registers
-constexpr int QUAD = 4;       // neighbouring inputs that one integer instruction multiplies and adds
-constexpr int GROUP = 32;     // inputs that share a scale in the grouped formats
+constexpr int LANES = 16;        // floats in `Floats`
+constexpr int CHANNELS = LANES;  // output channels in a packed block
+constexpr int QUAD = 4;          // neighbouring inputs that one integer instruction multiplies and adds
+constexpr int PAIR = 2;          // the same for bfloat16
+constexpr int GROUP = 32;        // inputs that share a scale in the integer formats
+constexpr int TILE_ROWS = 8;     // rows of activations that lie side by side
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 // ------------------------------------------------------------------ 1. registers
 //
-// Floats is 8 float32. Ints is 8 int32, one for each of 8 output channels. NibbleSums adds products of 4-bit weights over
-// one group: unsigned weight (0..15) times signed activation (-127..127).
+// Floats and Ints are 16 values, one for each channel of a block. The weights of a block that one product takes:
+//   Bytes  16 channels x 4 inputs, int8 or one nibble in each byte      Pairs  16 channels x 2 inputs, bfloat16
+// `load_signed`, `start_signed` and `add_signed` belong together (int8 weights), so do those of nibbles (weights 0..15), and
+// of pairs. Activations are int8 (-127..127), and for pairs `PairInput`, rounded to bfloat16 whatever the type.
+// MAX_ROWS: how many rows of a tile the registers hold.
 
-#ifdef USE_AVX2
+#if defined(USE_AVX512)
 
-struct Floats { __m256 v; };
-struct Ints { __m256i v; };
-struct NibbleSums { __m256i v; };  // 16 int16: two for each channel
-struct Bytes { __m256i v; };       // 8 channels x QUAD
+struct Floats { __m512 v; };
+struct Ints { __m512i v; };
+using NibbleSums = Ints;
+struct Bytes { __m512i v; };
+struct Pairs { __m512i v; };
+constexpr int MAX_ROWS = 8;
+
+inline Floats broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
+inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
+inline Floats larger(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Floats smaller(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Floats absolute(Floats a) { return {_mm512_abs_ps(a.v)}; }
+inline Floats nearest_whole(Floats a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+
+/// 2 to the power of a, which must hold whole numbers of [-126, 127].
+inline Floats power_of_two(Floats a) { return {_mm512_scalef_ps(_mm512_set1_ps(1.0f), a.v)}; }
+
+inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
+
+inline __m512i widen(const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Floats load_bfloat16(const uint16_t* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(widen(p), 16))}; }
+inline Floats load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+
+/// The nearest bfloat16, ties to even, in the upper halves; what remains below is to be dropped.
+inline __m512i round_to_upper(Floats x) {
+    __m512i bits = _mm512_castps_si512(x.v), is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), rounded, _mm512_set1_epi32(0x7fc00000));
+}
+
+inline void store_bfloat16(uint16_t* p, Floats x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_upper(x), 16)));
+}
+
+/// 16 floats of [-127, 127] as the nearest int8.
+inline void store_int8(int8_t* p, Floats x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
+
+inline __m512i broadcast_quad(const void* x) {
+    int32_t quad;
+    std::memcpy(&quad, x, QUAD);
+    return _mm512_set1_epi32(quad);
+}
+
+inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+
+/// vpdpbusd multiplies unsigned by signed bytes. So w becomes w + 128 (its sign bit turned over), and the sum starts at -128
+/// times the sum of x, which the activations know.
+inline Bytes load_signed(const uint8_t* p) { return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))}; }
+inline Ints start_signed(const int32_t* minus_128_sum) { return {_mm512_set1_epi32(*minus_128_sum)}; }
+inline Ints add_signed(Ints sums, Bytes w, const int8_t* x) { return {_mm512_dpbusd_epi32(sums.v, w.v, broadcast_quad(x))}; }
+
+inline NibbleSums start_nibbles() { return {_mm512_setzero_si512()}; }
+inline Bytes low_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+inline Bytes high_nibbles(Bytes a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+inline NibbleSums add_nibbles(NibbleSums sums, Bytes w, const int8_t* x) { return add_signed(sums, w, x); }
+
+inline Pairs load_pairs(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+
+#ifdef __AVX512BF16__
+const char* instruction_set() { return "avx512-bf16"; }
+using PairInput = uint16_t;
+inline void store_pairs(PairInput* p, Floats x) { store_bfloat16(p, x); }
+inline Floats add_pair(Floats sums, Pairs w, const PairInput* x) {
+    return {_mm512_dpbf16_ps(sums.v, reinterpret_cast<__m512bh>(w.v), reinterpret_cast<__m512bh>(broadcast_quad(x)))};
+}
+#else
+const char* instruction_set() { return "avx512"; }
+using PairInput = float;
+inline __m512i upper_halves(__m512i a) { return _mm512_and_si512(a, _mm512_set1_epi32(-65536)); }
+inline void store_pairs(PairInput* p, Floats x) { _mm512_storeu_si512(p, upper_halves(round_to_upper(x))); }
+inline Floats add_pair(Floats sums, Pairs w, const PairInput* x) {
+    Floats first{_mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16))}, second{_mm512_castsi512_ps(upper_halves(w.v))};
+    return fma(second, broadcast(x[1]), fma(first, broadcast(x[0]), sums));
+}
+#endif
+
+inline void pause_briefly() { _mm_pause(); }
+
+#elif defined(USE_AVX2)
+
+struct Floats { __m256 low, high; };  // 8 channels each
+struct Ints { __m256i low, high; };
+struct NibbleSums { __m256i low, high; };  // int16, two for each channel
+struct Bytes { __m256i low, high; };
+struct Pairs { __m256i low, high; };
+using PairInput = float;
+constexpr int MAX_ROWS = 4;
 
 const char* instruction_set() { return "avx2"; }
 
-inline Floats broadcast(float x) { return {_mm256_set1_ps(x)}; }
-inline Floats load(const float* p) { return {_mm256_loadu_ps(p)}; }
-inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.v); }
-inline Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
-inline Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
-inline Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
-inline Floats larger(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
-inline Floats smaller(Floats a, Floats b) { return {_mm256_min_ps(a.v, b.v)}; }
-inline Floats absolute(Floats a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-inline Floats nearest_whole(Floats a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Floats broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.low), _mm256_storeu_ps(p + 8, x.high); }
+inline Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+inline Floats larger(Floats a, Floats b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline Floats smaller(Floats a, Floats b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
 
-/// 2 to the power of a, which must hold whole numbers of [-126, 127].
-inline Floats power_of_two(Floats a) {
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(a.v), _mm256_set1_epi32(127)), 23))};
+inline Floats fma(Floats a, Floats b, Floats c) {  // a * b + c
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 
+inline Floats absolute(Floats a) {
+    __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
+}
+
+inline __m256 nearest_whole(__m256 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Floats nearest_whole(Floats a) { return {nearest_whole(a.low), nearest_whole(a.high)}; }
+
+inline __m256 power_of_two(__m256 a) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127)), 23));
+}
+
+/// 2 to the power of a, which must hold whole numbers of [-126, 127].
+inline Floats power_of_two(Floats a) { return {power_of_two(a.low), power_of_two(a.high)}; }
+
 inline float sum(Floats a) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    __m256 eight = _mm256_add_ps(a.low, a.high);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 inline float largest(Floats a) {
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    __m256 eight = _mm256_max_ps(a.low, a.high);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
-inline Floats load_bfloat16(const uint16_t* p) {
-    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+inline __m128i load_halves(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline __m256 widen(const uint16_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_halves(p)), 16)); }
+inline Floats load_bfloat16(const uint16_t* p) { return {widen(p), widen(p + 8)}; }
+inline Floats load_half(const uint16_t* p) { return {_mm256_cvtph_ps(load_halves(p)), _mm256_cvtph_ps(load_halves(p + 8))}; }
+
+/// The nearest bfloat16, ties to even, in the upper halves; the lower ones are zero.
+inline __m256i round_to_upper(__m256 x) {
+    __m256i bits = _mm256_castps_si256(x), is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
+    __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_and_si256(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan), _mm256_set1_epi32(-65536));
 }
 
-inline Floats load_half(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline void store_bfloat16(uint16_t* p, Floats x) {
+    __m256i low = _mm256_srli_epi32(round_to_upper(x.low), 16), high = _mm256_srli_epi32(round_to_upper(x.high), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8));
+}
 
-/// 8 floats of [-127, 127] as the nearest int8.
+inline __m128i to_words(__m256 x) {
+    __m256i wide = _mm256_cvtps_epi32(x);
+    return _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+}
+
+/// 16 floats of [-127, 127] as the nearest int8.
 inline void store_int8(int8_t* p, Floats x) {
-    __m256i wide = _mm256_cvtps_epi32(x.v);
-    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(to_words(x.low), to_words(x.high)));
 }
 
-inline Ints zero_ints() { return {_mm256_setzero_si256()}; }
-inline Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
-inline Bytes load_bytes(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-inline Bytes low_nibbles(Bytes a) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(15))}; }
-inline Bytes high_nibbles(Bytes a) { return {_mm256_and_si256(_mm256_srli_epi16(a.v, 4), _mm256_set1_epi8(15))}; }
+inline __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+inline Bytes load_bytes(const uint8_t* p) { return {load_256(p), load_256(p + 32)}; }
 
 inline __m256i broadcast_quad(const int8_t* x) {
     int32_t quad;
@@ -105,22 +230,45 @@ inline __m256i broadcast_quad(const int8_t* x) {
     return _mm256_set1_epi32(quad);
 }
 
-/// sums[channel] += w[channel, 0..3] . x[0..3], all signed. vpmaddubsw wants one side unsigned, so the sign of w moves to x;
-/// two products fit into its int16: at most 2 * 128 * 127.
-inline Ints add_dot(Ints sums, Bytes w, const int8_t* x) {
-    __m256i signed_x = _mm256_sign_epi8(broadcast_quad(x), w.v);
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w.v), signed_x);
-    return {_mm256_add_epi32(sums.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+/// vpmaddubsw wants one side unsigned, so the sign of w moves to x; two products fit into its int16: at most 2 * 128 * 127.
+inline __m256i add_signed(__m256i sums, __m256i w, __m256i x) {
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-inline NibbleSums zero_nibble_sums() { return {_mm256_setzero_si256()}; }
+inline Bytes load_signed(const uint8_t* p) { return load_bytes(p); }
+inline Ints start_signed(const int32_t*) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Ints add_signed(Ints sums, Bytes w, const int8_t* x) {
+    return {add_signed(sums.low, w.low, broadcast_quad(x)), add_signed(sums.high, w.high, broadcast_quad(x))};
+}
+
+inline NibbleSums start_nibbles() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline __m256i low_nibbles(__m256i a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+inline Bytes low_nibbles(Bytes a) { return {low_nibbles(a.low), low_nibbles(a.high)}; }
+inline Bytes high_nibbles(Bytes a) { return {low_nibbles(_mm256_srli_epi16(a.low, 4)), low_nibbles(_mm256_srli_epi16(a.high, 4))}; }
 
 /// Eight of these fit into int16, one group: 8 * 2 * 15 * 127 = 30,480.
-inline NibbleSums add_dot(NibbleSums sums, Bytes w, const int8_t* x) {
-    return {_mm256_add_epi16(sums.v, _mm256_maddubs_epi16(w.v, broadcast_quad(x)))};
+inline NibbleSums add_nibbles(NibbleSums sums, Bytes w, const int8_t* x) {
+    return {_mm256_add_epi16(sums.low, _mm256_maddubs_epi16(w.low, broadcast_quad(x))),
+            _mm256_add_epi16(sums.high, _mm256_maddubs_epi16(w.high, broadcast_quad(x)))};
 }
 
-inline Floats to_floats(NibbleSums a) { return {_mm256_cvtepi32_ps(_mm256_madd_epi16(a.v, _mm256_set1_epi16(1)))}; }
+inline Floats to_floats(NibbleSums a) {
+    __m256i ones = _mm256_set1_epi16(1);
+    return to_floats(Ints{_mm256_madd_epi16(a.low, ones), _mm256_madd_epi16(a.high, ones)});
+}
+
+inline Pairs load_pairs(const uint16_t* p) { return {load_256(p), load_256(p + 16)}; }
+inline void store_pairs(PairInput* p, Floats x) {
+    store(p, {_mm256_castsi256_ps(round_to_upper(x.low)), _mm256_castsi256_ps(round_to_upper(x.high))});
+}
+
+inline __m256 first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+inline __m256 second_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536))); }
+inline Floats add_pair(Floats sums, Pairs w, const PairInput* x) {
+    Floats first{first_of(w.low), first_of(w.high)}, second{second_of(w.low), second_of(w.high)};
+    return fma(second, broadcast(x[1]), fma(first, broadcast(x[0]), sums));
+}
 
 inline void pause_briefly() { _mm_pause(); }
 
@@ -130,6 +278,9 @@ struct Floats { float v[LANES]; };
 struct Ints { int32_t v[LANES]; };
 struct NibbleSums { int32_t v[LANES]; };
 struct Bytes { uint8_t v[LANES * QUAD]; };
+struct Pairs { const uint16_t* v; };
+using PairInput = float;
+constexpr int MAX_ROWS = 4;
 
 const char* instruction_set() { return "portable"; }
 
@@ -154,6 +305,15 @@ inline float half_to_float(uint16_t half) {
     return sign ? -magnitude : magnitude;
 }
 
+inline uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (std::isnan(x)) return 0x7fc0;
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
+}
+
+inline float from_bfloat16(uint16_t x) { return bits_to_float(uint32_t(x) << 16); }
+
 inline Floats broadcast(float x) { return each([&](int) { return x; }); }
 inline Floats load(const float* p) { return each([&](int i) { return p[i]; }); }
 inline void store(float* p, Floats x) { std::copy_n(x.v, LANES, p); }
@@ -175,20 +335,28 @@ inline float sum(Floats a) {
 }
 
 inline float largest(Floats a) { return *std::max_element(a.v, a.v + LANES); }
-inline Floats load_bfloat16(const uint16_t* p) { return each([&](int i) { return bits_to_float(uint32_t(p[i]) << 16); }); }
+inline Floats load_bfloat16(const uint16_t* p) { return each([&](int i) { return from_bfloat16(p[i]); }); }
 inline Floats load_half(const uint16_t* p) { return each([&](int i) { return half_to_float(p[i]); }); }
+inline void store_bfloat16(uint16_t* p, Floats x) { std::transform(x.v, x.v + LANES, p, to_bfloat16); }
 
 inline void store_int8(int8_t* p, Floats x) {
-    for (int i = 0; i < LANES; i++) p[i] = std::isnan(x.v[i]) ? -128 : int8_t(std::nearbyint(x.v[i]));
+    for (int i = 0; i < LANES; i++) p[i] = int8_t(std::nearbyint(x.v[i]));
 }
 
-inline Ints zero_ints() { return {}; }
-inline Floats to_floats(Ints a) { return each([&](int i) { return float(a.v[i]); }); }
+inline Floats to_floats(const Ints& a) { return each([&](int i) { return float(a.v[i]); }); }
 
 inline Bytes load_bytes(const uint8_t* p) {
     Bytes result;
     std::copy_n(p, LANES * QUAD, result.v);
     return result;
+}
+
+inline Bytes load_signed(const uint8_t* p) { return load_bytes(p); }
+inline Ints start_signed(const int32_t*) { return {}; }
+inline Ints add_signed(Ints sums, const Bytes& w, const int8_t* x) {
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < QUAD; j++) sums.v[i] += int8_t(w.v[i * QUAD + j]) * x[j];
+    return sums;
 }
 
 inline Bytes low_nibbles(Bytes a) {
@@ -201,21 +369,24 @@ inline Bytes high_nibbles(Bytes a) {
     return a;
 }
 
-inline Ints add_dot(Ints sums, const Bytes& w, const int8_t* x) {
-    for (int i = 0; i < LANES; i++)
-        for (int j = 0; j < QUAD; j++) sums.v[i] += int8_t(w.v[i * QUAD + j]) * x[j];
-    return sums;
-}
-
-inline NibbleSums zero_nibble_sums() { return {}; }
-
-inline NibbleSums add_dot(NibbleSums sums, const Bytes& w, const int8_t* x) {
+inline NibbleSums start_nibbles() { return {}; }
+inline NibbleSums add_nibbles(NibbleSums sums, const Bytes& w, const int8_t* x) {
     for (int i = 0; i < LANES; i++)
         for (int j = 0; j < QUAD; j++) sums.v[i] += w.v[i * QUAD + j] * x[j];
     return sums;
 }
 
-inline Floats to_floats(NibbleSums a) { return each([&](int i) { return float(a.v[i]); }); }
+inline Floats to_floats(const NibbleSums& a) { return each([&](int i) { return float(a.v[i]); }); }
+
+inline Pairs load_pairs(const uint16_t* p) { return {p}; }
+inline void store_pairs(PairInput* p, Floats x) {
+    for (int i = 0; i < LANES; i++) p[i] = from_bfloat16(to_bfloat16(x.v[i]));
+}
+
+inline Floats add_pair(Floats sums, Pairs w, const PairInput* x) {
+    return each([&](int i) { return sums.v[i] + from_bfloat16(w.v[PAIR * i]) * x[0] + from_bfloat16(w.v[PAIR * i + 1]) * x[1]; });
+}
+
 inline void pause_briefly() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
 #endif
@@ -232,13 +403,6 @@ inline Floats exponential(Floats x) {
 }
 
 inline Floats silu(Floats x) { return x / (broadcast(1.0f) + exponential(broadcast(0.0f) - x)); }
-
-inline uint16_t to_bfloat16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if (std::isnan(x)) return 0x7fc0;
-    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
-}
 
 // ------------------------------------------------------------------ 2. threads
 
@@ -258,22 +422,28 @@ class ThreadPool {
 
     int num_threads() const { return int(workers_.size()) + 1; }
 
-    void run(int num_tasks, const std::function<void(int)>& task) {
-        if (workers_.empty() || num_tasks <= 1) {
+    /// task: called with 0 to num_tasks - 1.
+    template <typename Task>
+    void run(int num_tasks, const Task& task) {
+        if (workers_.empty() || num_tasks <= 1)
             for (int i = 0; i < num_tasks; i++) task(i);
-            return;
-        }
-        task_ = &task;
+        else
+            share(num_tasks, &task, [](const void* one, int i) { (*static_cast<const Task*>(one))(i); });
+    }
+
+  private:
+    static constexpr int SPINS = 2000;   // some 20 to 50 microseconds
+    static constexpr int YIELDS = 50;    // then the core is offered to others, then the thread sleeps
+
+    void share(int num_tasks, const void* task, void (*call)(const void*, int)) {
+        task_ = task;
+        call_ = call;
         num_done_.store(0, std::memory_order_relaxed);
         publish(num_tasks);
         while (take_one()) {
         }
         for (int turn = 0; num_done_.load(std::memory_order_acquire) < num_tasks; turn++) wait_a_moment(turn);
     }
-
-  private:
-    static constexpr int SPINS = 2000;   // some 20 to 50 microseconds
-    static constexpr int YIELDS = 50;    // then the core is offered to others, then the thread sleeps
 
     // `ticket_` is generation << 32 | tasks << 16 | next task. A claim is a compare-and-swap of the whole word, so a thread
     // that slept through a generation cannot claim a task of another. It reads `task_` only after its claim, and the caller
@@ -290,7 +460,7 @@ class ThreadPool {
         uint64_t ticket = ticket_.load(std::memory_order_acquire);
         while (has_task(ticket)) {
             if (ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) {
-                (*task_)(int(ticket & 0xffff));
+                call_(task_, int(ticket & 0xffff));
                 num_done_.fetch_add(1, std::memory_order_release);
                 return true;
             }
@@ -322,7 +492,8 @@ class ThreadPool {
     }
 
     std::vector<std::thread> workers_;
-    const std::function<void(int)>* task_ = nullptr;
+    const void* task_ = nullptr;
+    void (*call_)(const void*, int) = nullptr;
     alignas(64) std::atomic<uint64_t> ticket_{0};
     alignas(64) std::atomic<int> num_done_{0};
     std::atomic<bool> is_closing_{false};
@@ -333,18 +504,16 @@ constexpr int MAX_TASKS = 0xffff;
 // ------------------------------------------------------------------ 3. what Python hands over (library.py has the same)
 
 enum Kind : int32_t {
-    BFLOAT16 = 0,      // values [out/16][in][16] bfloat16
-    INT8_CHANNEL = 1,  // values [out/16][in/4][16][4] int8; scales [out] float32
-    INT8_GROUP = 2,    // the same values; scales [out/16][in/32][16] float16
-    INT4_GROUP = 3,    // values [out/16][in/32][4][16][4] bytes: low nibble of byte i of quad p is input 4p + i of the group,
-                       // high nibble input 16 + 4p + i; value = scale * nibble + minimum, both [out/16][in/32][16] float16
+    BFLOAT16 = 0,    // values [out/16][in/2][16][2] bfloat16
+    INT8_GROUP = 1,  // values [out/16][in/4][16][4] int8; scales [out/16][in/32][16] float16
+    INT4_GROUP = 2,  // values [out/16][in/32][4][16][4] bytes: low nibble of byte i of quad p is input 4p + i of the group,
+                     // high nibble input 16 + 4p + i; value = scale * nibble + minimum, both [out/16][in/32][16] float16
 };
 
 struct Matrix {
     int32_t kind, num_out, num_in, padded_in;  // num_out is what was asked for; the blocks hold it padded
     const uint8_t* values;
-    const void* scales;
-    const uint16_t* minimums;
+    const uint16_t *scales, *minimums;
 
     int num_blocks() const { return (num_out + CHANNELS - 1) / CHANNELS; }
     int num_groups() const { return padded_in / GROUP; }
@@ -355,7 +524,7 @@ struct Layer {
     const float *input_norm, *post_norm;    // [h]
     const float *qkv_bias, *output_bias;    // [(H + 2K) D], [h]; null where the family has none
     const float *query_norm, *key_norm;     // [D]; null where the family has none
-    void* kv_cache;                         // [2][K][blocks][block_size][D]
+    void* kv_cache;                         // keys [K][blocks][D][block_size], then values [K][blocks][block_size][D]
 };
 
 struct Model {
@@ -381,216 +550,178 @@ struct Step {
 
 // ------------------------------------------------------------------ 4. activations, as the matrices want them
 
-/// int8 values of one scale per `width` inputs; `weighted_sums` is scale * sum of a group, for formats with a minimum.
-struct Quantized {
-    std::vector<int8_t> values;       // [M, padded_in]
-    std::vector<float> scales;        // [M, num_groups]; by row: the first of each
-    std::vector<float> weighted_sums;
-
-    void reserve(size_t num_rows, size_t padded_in) {
-        if (values.size() < num_rows * padded_in) values.resize(num_rows * padded_in);
-        if (scales.size() < num_rows * padded_in / GROUP) scales.resize(num_rows * padded_in / GROUP);
-        weighted_sums.resize(scales.size());
-    }
-};
-
-/// M rows of activations in every form that the coming matrices read: float32 for bfloat16 weights, int8 for integers.
+/// M rows of activations: as floats, and in the form that the coming matrices read. There 8 rows lie side by side, so that a
+/// tile finds its inputs of a group in one stretch: [M/8][groups][8 rows][32 inputs], and what a group has once [M/8][groups][8].
 struct Activations {
     int padded_in = 0;
-    bool wants_floats = false, wants_rows = false, wants_groups = false;
-    std::vector<float> floats;  // [M, padded_in], always filled first
-    Quantized by_row, by_group;
+    bool wants_pairs = false, wants_integers = false;
+    std::vector<float> floats;      // [M, padded_in], always filled first
+    std::vector<PairInput> pairs;   // rounded to bfloat16
+    std::vector<int8_t> integers;   // value = scale * integer
+    std::vector<float> scales, weighted_sums;  // weighted: scale * sum of the integers, for formats with a minimum
+    std::vector<int32_t> minus_128_sums;
 
     void prepare_for(std::initializer_list<const Matrix*> matrices, int num_rows) {
-        wants_floats = wants_rows = wants_groups = false;
+        wants_pairs = wants_integers = false;
         for (const Matrix* matrix : matrices) {
             padded_in = matrix->padded_in;
-            wants_floats |= matrix->kind == BFLOAT16;
-            wants_rows |= matrix->kind == INT8_CHANNEL;
-            wants_groups |= matrix->kind == INT8_GROUP || matrix->kind == INT4_GROUP;
+            (matrix->kind == BFLOAT16 ? wants_pairs : wants_integers) = true;
         }
-        size_t size = size_t(num_rows) * padded_in;
-        if (floats.size() < size) floats.resize(size);
-        if (wants_rows) by_row.reserve(num_rows, padded_in);
-        if (wants_groups) by_group.reserve(num_rows, padded_in);
+        size_t num_groups = size_t(num_rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * (padded_in / GROUP);
+        grow(floats, num_groups * GROUP);
+        if (wants_pairs) grow(pairs, num_groups * GROUP);
+        if (!wants_integers) return;
+        grow(integers, num_groups * GROUP);
+        grow(scales, num_groups);
+        grow(weighted_sums, num_groups);
+        grow(minus_128_sums, num_groups);
     }
 
     float* row(int m) { return floats.data() + size_t(m) * padded_in; }
 
+    /// Where a row's group lies among the groups; the next row of the tile follows.
+    size_t place(int m, int group) const {
+        return (size_t(m / TILE_ROWS) * (padded_in / GROUP) + group) * TILE_ROWS + m % TILE_ROWS;
+    }
+
     /// Call when `row(m)` holds `num_in` values.
-    void finish_row(int m, int num_in) {
-        std::fill(row(m) + num_in, row(m) + padded_in, 0.0f);
-        if (wants_rows) quantize_row(m, padded_in, by_row);
-        if (wants_groups) quantize_row(m, GROUP, by_group);
+    [[gnu::noinline]] void finish_row(int m, int num_in) {
+        float* x = row(m);
+        std::fill(x + num_in, x + padded_in, 0.0f);
+        for (int group = 0; group < padded_in / GROUP; group++, x += GROUP) {
+            size_t to = place(m, group);
+            if (wants_pairs)
+                for (int i = 0; i < GROUP; i += LANES) store_pairs(pairs.data() + to * GROUP + i, load(x + i));
+            if (wants_integers) quantize_group(x, to);
+        }
     }
 
   private:
-    void quantize_row(int m, int width, Quantized& out) {
-        const float* x = row(m);
-        int8_t* q = out.values.data() + size_t(m) * padded_in;
-        size_t first_group = size_t(m) * (padded_in / GROUP);
-        for (int start = 0; start < padded_in; start += width) {
-            Floats most = broadcast(0.0f), zero = broadcast(0.0f), bad = zero;  // bad: NaN if any value is not finite, else 0
-            for (int i = start; i < start + width; i += LANES) {
-                Floats part = load(x + i);
-                most = larger(most, absolute(part));
-                bad = fma(part, zero, bad);
-            }
-            float peak = largest(most), scale = peak / 127.0f + sum(bad);  // an integer cannot be NaN, its scale can
-            Floats inverse = broadcast(peak > 0 ? 127.0f / peak : 0.0f), total = broadcast(0.0f);
-            for (int i = start; i < start + width; i += LANES) {
-                Floats scaled = nearest_whole(smaller(larger(load(x + i) * inverse, broadcast(-127.0f)), broadcast(127.0f)));
-                store_int8(q + i, scaled);
-                total = total + scaled;
-            }
-            out.scales[first_group + start / width] = scale;
-            out.weighted_sums[first_group + start / width] = scale * sum(total);
+    template <typename Value>
+    static void grow(std::vector<Value>& values, size_t size) {
+        if (values.size() < size) values.resize(size);
+    }
+
+    static Floats to_integers(Floats x, float inverse) {
+        return nearest_whole(smaller(larger(x * broadcast(inverse), broadcast(-127.0f)), broadcast(127.0f)));
+    }
+
+    void quantize_group(const float* x, size_t to) {
+        static_assert(GROUP == 2 * LANES);
+        Floats low = load(x), high = load(x + LANES);
+        float bad = sum(fma(high, broadcast(0.0f), low * broadcast(0.0f)));  // NaN if any value is not finite, else 0
+        if (bad != 0) {  // an integer cannot be NaN, its scale can
+            std::fill_n(integers.data() + to * GROUP, GROUP, int8_t(0));
+            scales[to] = weighted_sums[to] = bad;
+            minus_128_sums[to] = 0;
+            return;
         }
+        float peak = largest(larger(absolute(low), absolute(high))), inverse = peak > 0 ? 127.0f / peak : 0.0f;
+        low = to_integers(low, inverse);
+        high = to_integers(high, inverse);
+        store_int8(integers.data() + to * GROUP, low);
+        store_int8(integers.data() + to * GROUP + LANES, high);
+        float total = sum(low + high);
+        scales[to] = peak / 127.0f;
+        weighted_sums[to] = scales[to] * total;
+        minus_128_sums[to] = -128 * int32_t(total);
     }
 };
 
 // ------------------------------------------------------------------ 5. products
 //
-// A tile is R rows by one block of 16 channels: `low` and `high` hold 8 channels each. Weights are read once for R rows.
+// A tile is R rows by one block of 16 channels, held in R registers: weights are read once for R rows. The rows must lie in
+// one stretch of 8. out: [R][16].
+
+/// Integer weights come with their scales, as several short streams, and the processor's own guess at what comes next is late.
+/// (bfloat16 is one long stream: there it was measured to be slower.)
+inline void prefetch_weights(const void* values, int num_bytes) {
+    constexpr int AHEAD = 2048, LINE = 64;
+    for (int i = 0; i < num_bytes; i += LINE) __builtin_prefetch(static_cast<const char*>(values) + AHEAD + i);
+}
 
 template <int R>
-struct Tile {
-    Floats low[R], high[R];
-};
-
-template <int R>
-Tile<R> multiply_bfloat16(const Matrix& w, int block, Activations& x, int first_row) {
-    Tile<R> tile;
-    for (int r = 0; r < R; r++) tile.low[r] = tile.high[r] = broadcast(0.0f);
+void multiply_bfloat16(const Matrix& w, int block, const Activations& x, int first_row, float* out) {
+    Floats tile[R];
+    for (int r = 0; r < R; r++) tile[r] = broadcast(0.0f);
     const uint16_t* values = reinterpret_cast<const uint16_t*>(w.values) + size_t(block) * w.padded_in * CHANNELS;
-    const float* rows = x.row(first_row);
-    for (int i = 0; i < w.padded_in; i++, values += CHANNELS) {
-        Floats low = load_bfloat16(values), high = load_bfloat16(values + LANES);
-        for (int r = 0; r < R; r++) {
-            Floats input = broadcast(rows[size_t(r) * w.padded_in + i]);
-            tile.low[r] = fma(low, input, tile.low[r]);
-            tile.high[r] = fma(high, input, tile.high[r]);
+    const PairInput* inputs = x.pairs.data() + x.place(first_row, 0) * GROUP;
+    for (int g = 0; g < w.num_groups(); g++, inputs += TILE_ROWS * GROUP)
+        for (int i = 0; i < GROUP; i += PAIR, values += CHANNELS * PAIR) {
+            Pairs weights = load_pairs(values);
+            for (int r = 0; r < R; r++) tile[r] = add_pair(tile[r], weights, inputs + r * GROUP + i);
         }
-    }
-    return tile;
-}
-
-/// Adds the products of `num_quads` quads to the sums. values: [num_quads][16][4], x: rows `stride` apart.
-template <int R>
-inline void add_quads(Ints (&low)[R], Ints (&high)[R], const uint8_t* values, const int8_t* x, size_t stride, int num_quads) {
-    for (int quad = 0; quad < num_quads; quad++, values += CHANNELS * QUAD, x += QUAD) {
-        Bytes weights_low = load_bytes(values), weights_high = load_bytes(values + LANES * QUAD);
-        for (int r = 0; r < R; r++) {
-            low[r] = add_dot(low[r], weights_low, x + r * stride);
-            high[r] = add_dot(high[r], weights_high, x + r * stride);
-        }
-    }
+    for (int r = 0; r < R; r++) store(out + r * CHANNELS, tile[r]);
 }
 
 template <int R>
-Tile<R> multiply_int8_channel(const Matrix& w, int block, const Activations& x, int first_row) {
-    Ints low[R], high[R];
-    for (int r = 0; r < R; r++) low[r] = high[r] = zero_ints();
+void multiply_int8_group(const Matrix& w, int block, const Activations& x, int first_row, float* out) {
+    Floats tile[R];
+    for (int r = 0; r < R; r++) tile[r] = broadcast(0.0f);
     const uint8_t* values = w.values + size_t(block) * w.padded_in * CHANNELS;
-    const int8_t* rows = x.by_row.values.data() + size_t(first_row) * w.padded_in;
-    add_quads<R>(low, high, values, rows, w.padded_in, w.padded_in / QUAD);
-    const float* scales = static_cast<const float*>(w.scales) + size_t(block) * CHANNELS;
-    Tile<R> tile;
-    for (int r = 0; r < R; r++) {
-        Floats row_scale = broadcast(x.by_row.scales[size_t(first_row + r) * w.num_groups()]);
-        tile.low[r] = to_floats(low[r]) * (load(scales) * row_scale);
-        tile.high[r] = to_floats(high[r]) * (load(scales + LANES) * row_scale);
-    }
-    return tile;
-}
-
-template <int R>
-Tile<R> multiply_int8_group(const Matrix& w, int block, const Activations& x, int first_row) {
-    Tile<R> tile;
-    for (int r = 0; r < R; r++) tile.low[r] = tile.high[r] = broadcast(0.0f);
-    int num_groups = w.num_groups();
-    const uint8_t* values = w.values + size_t(block) * w.padded_in * CHANNELS;
-    const uint16_t* scales = static_cast<const uint16_t*>(w.scales) + size_t(block) * num_groups * CHANNELS;
-    const int8_t* rows = x.by_group.values.data() + size_t(first_row) * w.padded_in;
-    const float* row_scales = x.by_group.scales.data() + size_t(first_row) * num_groups;
-    for (int g = 0; g < num_groups; g++, scales += CHANNELS) {
-        Ints low[R], high[R];
-        for (int r = 0; r < R; r++) low[r] = high[r] = zero_ints();
-        add_quads<R>(low, high, values + size_t(g) * GROUP * CHANNELS, rows + g * GROUP, w.padded_in, GROUP / QUAD);
-        Floats scale_low = load_half(scales), scale_high = load_half(scales + LANES);
-        for (int r = 0; r < R; r++) {
-            Floats row_scale = broadcast(row_scales[size_t(r) * num_groups + g]);
-            tile.low[r] = fma(to_floats(low[r]), scale_low * row_scale, tile.low[r]);
-            tile.high[r] = fma(to_floats(high[r]), scale_high * row_scale, tile.high[r]);
+    const uint16_t* scales = w.scales + size_t(block) * w.num_groups() * CHANNELS;
+    size_t place = x.place(first_row, 0);
+    for (int g = 0; g < w.num_groups(); g++, scales += CHANNELS, place += TILE_ROWS) {
+        prefetch_weights(values, GROUP * CHANNELS);
+        Ints sums[R];
+        for (int r = 0; r < R; r++) sums[r] = start_signed(&x.minus_128_sums[place + r]);
+        const int8_t* inputs = x.integers.data() + place * GROUP;
+        for (int i = 0; i < GROUP; i += QUAD, values += CHANNELS * QUAD) {
+            Bytes weights = load_signed(values);
+            for (int r = 0; r < R; r++) sums[r] = add_signed(sums[r], weights, inputs + r * GROUP + i);
         }
+        Floats scale = load_half(scales);
+        for (int r = 0; r < R; r++) tile[r] = fma(to_floats(sums[r]), scale * broadcast(x.scales[place + r]), tile[r]);
     }
-    return tile;
+    for (int r = 0; r < R; r++) store(out + r * CHANNELS, tile[r]);
 }
 
 /// sum of (scale * nibble + minimum) * x = scale * (nibbles . x) + minimum * (sum of x), group by group.
 template <int R>
-Tile<R> multiply_int4_group(const Matrix& w, int block, const Activations& x, int first_row) {
-    constexpr int PAIRS = GROUP / QUAD / 2;                // a byte holds quads p and p + 4 of its group
-    constexpr int GROUP_BYTES = GROUP * CHANNELS / 2;
-    Tile<R> tile;
-    for (int r = 0; r < R; r++) tile.low[r] = tile.high[r] = broadcast(0.0f);
-    int num_groups = w.num_groups();
-    const uint8_t* values = w.values + size_t(block) * num_groups * GROUP_BYTES;
-    size_t first_scale = size_t(block) * num_groups * CHANNELS;
-    const uint16_t *scales = static_cast<const uint16_t*>(w.scales) + first_scale, *minimums = w.minimums + first_scale;
-    const int8_t* rows = x.by_group.values.data() + size_t(first_row) * w.padded_in;
-    const float* row_scales = x.by_group.scales.data() + size_t(first_row) * num_groups;
-    const float* row_sums = x.by_group.weighted_sums.data() + size_t(first_row) * num_groups;
-    for (int g = 0; g < num_groups; g++, scales += CHANNELS, minimums += CHANNELS) {
-        NibbleSums low[R], high[R];
-        for (int r = 0; r < R; r++) low[r] = high[r] = zero_nibble_sums();
-        for (int pair = 0; pair < PAIRS; pair++, values += CHANNELS * QUAD) {
-            Bytes bytes_low = load_bytes(values), bytes_high = load_bytes(values + LANES * QUAD);
-            Bytes near_low = low_nibbles(bytes_low), far_low = high_nibbles(bytes_low);
-            Bytes near_high = low_nibbles(bytes_high), far_high = high_nibbles(bytes_high);
-            for (int r = 0; r < R; r++) {
-                const int8_t* near = rows + size_t(r) * w.padded_in + g * GROUP + pair * QUAD;
-                low[r] = add_dot(add_dot(low[r], near_low, near), far_low, near + GROUP / 2);
-                high[r] = add_dot(add_dot(high[r], near_high, near), far_high, near + GROUP / 2);
-            }
+void multiply_int4_group(const Matrix& w, int block, const Activations& x, int first_row, float* out) {
+    Floats tile[R];
+    for (int r = 0; r < R; r++) tile[r] = broadcast(0.0f);
+    const uint8_t* values = w.values + size_t(block) * w.padded_in * CHANNELS / 2;
+    size_t first_scale = size_t(block) * w.num_groups() * CHANNELS, place = x.place(first_row, 0);
+    const uint16_t *scales = w.scales + first_scale, *minimums = w.minimums + first_scale;
+    for (int g = 0; g < w.num_groups(); g++, scales += CHANNELS, minimums += CHANNELS, place += TILE_ROWS) {
+        prefetch_weights(values, GROUP * CHANNELS / 2);
+        NibbleSums sums[R];
+        for (int r = 0; r < R; r++) sums[r] = start_nibbles();
+        const int8_t* inputs = x.integers.data() + place * GROUP;
+        for (int i = 0; i < GROUP / 2; i += QUAD, values += CHANNELS * QUAD) {  // a byte holds inputs i and i + 16
+            Bytes both = load_bytes(values), near = low_nibbles(both), far = high_nibbles(both);
+            for (int r = 0; r < R; r++) sums[r] = add_nibbles(sums[r], near, inputs + r * GROUP + i);
+            for (int r = 0; r < R; r++) sums[r] = add_nibbles(sums[r], far, inputs + r * GROUP + GROUP / 2 + i);
         }
-        Floats scale_low = load_half(scales), scale_high = load_half(scales + LANES);
-        Floats minimum_low = load_half(minimums), minimum_high = load_half(minimums + LANES);
+        Floats scale = load_half(scales), minimum = load_half(minimums);
         for (int r = 0; r < R; r++) {
-            Floats row_scale = broadcast(row_scales[size_t(r) * num_groups + g]);
-            Floats row_sum = broadcast(row_sums[size_t(r) * num_groups + g]);
-            tile.low[r] = fma(minimum_low, row_sum, fma(to_floats(low[r]), scale_low * row_scale, tile.low[r]));
-            tile.high[r] = fma(minimum_high, row_sum, fma(to_floats(high[r]), scale_high * row_scale, tile.high[r]));
+            tile[r] = fma(to_floats(sums[r]), scale * broadcast(x.scales[place + r]), tile[r]);
+            tile[r] = fma(minimum, broadcast(x.weighted_sums[place + r]), tile[r]);
         }
     }
-    return tile;
+    for (int r = 0; r < R; r++) store(out + r * CHANNELS, tile[r]);
 }
 
 template <int R>
-Tile<R> multiply_tile(const Matrix& w, int block, Activations& x, int first_row) {
+void multiply_tile(const Matrix& w, int block, const Activations& x, int first_row, float* out) {
     switch (w.kind) {
-        case BFLOAT16: return multiply_bfloat16<R>(w, block, x, first_row);
-        case INT8_CHANNEL: return multiply_int8_channel<R>(w, block, x, first_row);
-        case INT8_GROUP: return multiply_int8_group<R>(w, block, x, first_row);
-        default: return multiply_int4_group<R>(w, block, x, first_row);
+        case BFLOAT16: return multiply_bfloat16<R>(w, block, x, first_row, out);
+        case INT8_GROUP: return multiply_int8_group<R>(w, block, x, first_row, out);
+        default: return multiply_int4_group<R>(w, block, x, first_row, out);
     }
 }
 
-/// What becomes of 16 channels of one row: (row, block, low, high).
-using Finish = std::function<void(int, int, Floats, Floats)>;
-
-template <int R>
-void multiply_rows(const Matrix& w, int block, Activations& x, int first_row, const Finish& finish) {
-    Tile<R> tile = multiply_tile<R>(w, block, x, first_row);
-    for (int r = 0; r < R; r++) finish(first_row + r, block, tile.low[r], tile.high[r]);
-}
-
-void multiply_block(const Matrix& w, int block, Activations& x, int first_row, int end_row, const Finish& finish) {
+/// out: [end_row - first_row][16]. first_row: a multiple of 8.
+void multiply_block(const Matrix& w, int block, const Activations& x, int first_row, int end_row, float* out) {
     int row = first_row;
-    for (; row + 4 <= end_row; row += 4) multiply_rows<4>(w, block, x, row, finish);
-    if (end_row - row == 3) multiply_rows<3>(w, block, x, row, finish);
-    if (end_row - row == 2) multiply_rows<2>(w, block, x, row, finish);
-    if (end_row - row == 1) multiply_rows<1>(w, block, x, row, finish);
+    auto as_long_as = [&](auto tile, int num_rows) {
+        for (; row + num_rows <= end_row; row += num_rows) tile(w, block, x, row, out + (row - first_row) * CHANNELS);
+    };
+    if constexpr (MAX_ROWS == 8) as_long_as(multiply_tile<MAX_ROWS>, MAX_ROWS);
+    as_long_as(multiply_tile<4>, 4);
+    as_long_as(multiply_tile<2>, 2);
+    as_long_as(multiply_tile<1>, 1);
 }
 
 // ------------------------------------------------------------------ 6. attention
@@ -602,11 +733,12 @@ struct QueryTile {
 };
 
 constexpr int TILE_TOKENS = 8;
-constexpr int TILE_KEYS = 32;
+constexpr int TILE_KEYS = 2 * LANES;
 
 /// Scratch of one (tile, KV head): keys and values as floats, and per row the running softmax.
 struct AttentionScratch {
-    std::vector<float> keys, values, mixed, peaks, totals;
+    std::vector<float> keys, values;  // [D][TILE_KEYS], [TILE_KEYS][D]
+    std::vector<float> mixed, peaks, totals;
 
     void reset(int num_rows, int head_dim) {
         keys.resize(size_t(TILE_KEYS) * head_dim);
@@ -617,93 +749,121 @@ struct AttentionScratch {
     }
 };
 
-/// scores[j] = query . keys[j], four keys at a time; all of TILE_KEYS, those from `num_keys` on become minus infinity.
+/// scores[j] = query . keys[.][j]; those from `num_keys` on become minus infinity. Even and odd dimensions are summed apart,
+/// because a processor does not wait for one sum while it adds to another.
 void score_keys(const float* query, const float* keys, int head_dim, int num_keys, float* scores) {
-    for (int j = 0; j < TILE_KEYS; j += 4) {
-        Floats sums[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
-        if (j < num_keys)
-            for (int d = 0; d < head_dim; d += LANES) {
-                Floats part = load(query + d);
-                for (int i = 0; i < 4; i++) sums[i] = fma(part, load(keys + size_t(j + i) * head_dim + d), sums[i]);
-            }
-        for (int i = 0; i < 4; i++) scores[j + i] = j + i < num_keys ? sum(sums[i]) : LOWEST;
-    }
+    Floats even[2] = {broadcast(0.0f), broadcast(0.0f)}, odd[2] = {broadcast(0.0f), broadcast(0.0f)};
+    for (int d = 0; d < head_dim; d += 2, keys += 2 * TILE_KEYS)
+        for (int i = 0; i < 2; i++) {
+            even[i] = fma(load(keys + i * LANES), broadcast(query[d]), even[i]);
+            odd[i] = fma(load(keys + TILE_KEYS + i * LANES), broadcast(query[d + 1]), odd[i]);
+        }
+    for (int i = 0; i < 2; i++) store(scores + i * LANES, even[i] + odd[i]);
+    std::fill(scores + num_keys, scores + TILE_KEYS, LOWEST);
 }
 
-/// mixed = mixed * decay + sum of weights[j] * values[j], for NUM_REGISTERS * 8 dimensions.
+/// mixed = mixed * decay + sum of weights[j] * values[j], for NUM_REGISTERS * 16 dimensions.
 template <int NUM_REGISTERS>
 inline void mix_values(const float* weights, const float* values, int head_dim, int num_keys, float decay, float* mixed) {
     Floats sums[NUM_REGISTERS];
     for (int i = 0; i < NUM_REGISTERS; i++) sums[i] = load(mixed + i * LANES) * broadcast(decay);
-    for (int j = 0; j < num_keys; j++) {
+    for (int j = 0; j < num_keys; j++, values += head_dim) {
         Floats weight = broadcast(weights[j]);
-        for (int i = 0; i < NUM_REGISTERS; i++) sums[i] = fma(weight, load(values + size_t(j) * head_dim + i * LANES), sums[i]);
+        for (int i = 0; i < NUM_REGISTERS; i++) sums[i] = fma(weight, load(values + i * LANES), sums[i]);
     }
     for (int i = 0; i < NUM_REGISTERS; i++) store(mixed + i * LANES, sums[i]);
 }
 
 /// One row sees `num_keys` more keys: softmax over all so far, without having kept the earlier scores (online softmax).
 void attend_keys(const float* query, AttentionScratch& scratch, int row, int head_dim, int num_keys) {
-    float scores[TILE_KEYS];
+    float scores[TILE_KEYS], decays[LANES];
     score_keys(query, scratch.keys.data(), head_dim, num_keys, scores);
-    Floats most = load(scores);
-    for (int j = LANES; j < TILE_KEYS; j += LANES) most = larger(most, load(scores + j));
-    float peak = std::max(scratch.peaks[row], largest(most)), decays[LANES];
+    float peak = std::max(scratch.peaks[row], largest(larger(load(scores), load(scores + LANES))));
     store(decays, exponential(broadcast(scratch.peaks[row] - peak)));
-    Floats total = broadcast(0.0f);
-    for (int j = 0; j < TILE_KEYS; j += LANES) {
-        Floats weight = exponential(load(scores + j) - broadcast(peak));
-        store(scores + j, weight);
-    }
+    for (int j = 0; j < TILE_KEYS; j += LANES) store(scores + j, exponential(load(scores + j) - broadcast(peak)));
     std::fill(scores + num_keys, scores + TILE_KEYS, 0.0f);
-    for (int j = 0; j < TILE_KEYS; j += LANES) total = total + load(scores + j);
-    scratch.totals[row] = scratch.totals[row] * decays[0] + sum(total);
+    scratch.totals[row] = scratch.totals[row] * decays[0] + sum(load(scores) + load(scores + LANES));
     scratch.peaks[row] = peak;
-    float* mixed = scratch.mixed.data() + size_t(row) * head_dim;
+    float *mixed = scratch.mixed.data() + size_t(row) * head_dim, *values = scratch.values.data();
     int d = 0;
-    for (; d + 8 * LANES <= head_dim; d += 8 * LANES)
-        mix_values<8>(scores, scratch.values.data() + d, head_dim, num_keys, decays[0], mixed + d);
-    for (; d < head_dim; d += 2 * LANES)
-        mix_values<2>(scores, scratch.values.data() + d, head_dim, num_keys, decays[0], mixed + d);
+    for (; d + 4 * LANES <= head_dim; d += 4 * LANES) mix_values<4>(scores, values + d, head_dim, num_keys, decays[0], mixed + d);
+    for (; d < head_dim; d += LANES) mix_values<1>(scores, values + d, head_dim, num_keys, decays[0], mixed + d);
 }
 
-/// `num_values` values of the cache as floats.
-void read_cache(const Model& model, const void* cache, size_t offset, float* out, int num_values) {
-    if (model.kv_is_bfloat16)
-        for (int i = 0; i < num_values; i += LANES)
-            store(out + i, load_bfloat16(static_cast<const uint16_t*>(cache) + offset + i));
-    else
-        std::copy_n(static_cast<const float*>(cache) + offset, num_values, out);
-}
+/// One layer's keys and values, bfloat16 or float32. A block holds its keys with the positions side by side.
+struct Cache {
+    const Model& model;
+    void* memory;
 
-void write_cache(const Model& model, void* cache, size_t offset, const float* x, int num_values) {
-    if (model.kv_is_bfloat16)
-        std::transform(x, x + num_values, static_cast<uint16_t*>(cache) + offset, to_bfloat16);
-    else
-        std::copy_n(x, num_values, static_cast<float*>(cache) + offset);
-}
+    size_t block_of(int which, int kv_head, int64_t block) const {  // which: 0 keys, 1 values
+        size_t number = (size_t(which) * model.num_kv_heads + kv_head) * size_t(model.num_blocks) + size_t(block);
+        return number * model.block_size * model.head_dim;
+    }
 
-/// Where a slot's key (which = 0) or value (1) of a head begins in the cache.
-size_t cache_offset(const Model& model, int which, int kv_head, int64_t slot) {
-    size_t num_slots = size_t(model.num_blocks) * model.block_size;
-    return ((size_t(which) * model.num_kv_heads + kv_head) * num_slots + size_t(slot)) * model.head_dim;
-}
+    Floats load_16(size_t at) const {
+        if (model.kv_is_bfloat16) return load_bfloat16(static_cast<const uint16_t*>(memory) + at);
+        return load(static_cast<const float*>(memory) + at);
+    }
+
+    float load_one(size_t at) const {
+        if (!model.kv_is_bfloat16) return static_cast<const float*>(memory)[at];
+        uint32_t bits = uint32_t(static_cast<const uint16_t*>(memory)[at]) << 16;
+        float x;
+        std::memcpy(&x, &bits, 4);
+        return x;
+    }
+
+    /// 16 values of a line, `stride` apart in the cache.
+    void store_16(size_t at, size_t stride, const float* x) const {
+        uint16_t halves[LANES];
+        if (model.kv_is_bfloat16) store_bfloat16(halves, load(x));
+        for (int i = 0; i < LANES; i++) {
+            if (model.kv_is_bfloat16)
+                static_cast<uint16_t*>(memory)[at + i * stride] = halves[i];
+            else
+                static_cast<float*>(memory)[at + i * stride] = x[i];
+        }
+    }
+
+    void write(int kv_head, int64_t slot, const float* key, const float* value) const {
+        int64_t block = slot / model.block_size, within = slot % model.block_size;
+        size_t key_block = block_of(0, kv_head, block), line = block_of(1, kv_head, block) + size_t(within) * model.head_dim;
+        for (int d = 0; d < model.head_dim; d += LANES) {
+            store_16(key_block + size_t(d) * model.block_size + within, model.block_size, key + d);
+            store_16(line + d, 1, value + d);
+        }
+    }
+
+    /// `num_keys` keys from position `first` on, of the line `block_table`. What stands beyond them in `keys` is never used.
+    void read(const int32_t* block_table, int kv_head, int first, int num_keys, float* keys, float* values) const {
+        int D = model.head_dim, block_size = model.block_size, length;
+        for (int j = 0; j < num_keys; j += length) {
+            int block = block_table[(first + j) / block_size], within = (first + j) % block_size;
+            length = std::min(block_size - within, num_keys - j);
+            size_t lines = block_of(1, kv_head, block) + size_t(within) * D, columns = block_of(0, kv_head, block) + within;
+            for (int i = 0; i < length * D; i += LANES) store(values + size_t(j) * D + i, load_16(lines + i));
+            for (int d = 0; d < D; d++, columns += block_size) {
+                float* to = keys + size_t(d) * TILE_KEYS + j;
+                if (block_size % LANES == 0)
+                    for (int i = 0; i < length; i += LANES) store(to + i, load_16(columns + i));
+                else
+                    for (int i = 0; i < length; i++) to[i] = load_one(columns + i);
+            }
+        }
+    }
+};
 
 /// qkv: [N, (H + 2K) D], queries turned and scaled; out: lines of H D, padded_out apart.
-void attend_tile(const Model& model, const void* cache, const QueryTile& tile, int kv_head, const float* qkv, Activations& out) {
-    thread_local AttentionScratch scratch;
+void attend_tile(const Cache& cache, const QueryTile& tile, int kv_head, const float* qkv, Activations& out) {
+    thread_local AttentionScratch of_this_thread;
+    AttentionScratch& scratch = of_this_thread;
+    const Model& model = cache.model;
     int D = model.head_dim, group = model.num_heads / model.num_kv_heads, qkv_size = (model.num_heads + 2 * model.num_kv_heads) * D;
     scratch.reset(tile.num_tokens * group, D);
     int end = tile.first_position + tile.num_tokens;
     for (int first_key = 0; first_key < end; first_key += TILE_KEYS) {
         int num_loaded = std::min(TILE_KEYS, end - first_key);
-        for (int j = 0; j < num_loaded; j++) {
-            int position = first_key + j;
-            int64_t slot = int64_t(tile.block_table[position / model.block_size]) * model.block_size + position % model.block_size;
-            read_cache(model, cache, cache_offset(model, 0, kv_head, slot), scratch.keys.data() + size_t(j) * D, D);
-            read_cache(model, cache, cache_offset(model, 1, kv_head, slot), scratch.values.data() + size_t(j) * D, D);
-        }
-        std::fill(scratch.keys.begin() + size_t(num_loaded) * D, scratch.keys.end(), 0.0f);
+        cache.read(tile.block_table, kv_head, first_key, num_loaded, scratch.keys.data(), scratch.values.data());
         for (int t = 0; t < tile.num_tokens; t++) {
             int num_keys = std::min(num_loaded, tile.first_position + t + 1 - first_key);
             if (num_keys <= 0) continue;
@@ -720,7 +880,7 @@ void attend_tile(const Model& model, const void* cache, const QueryTile& tile, i
 
 // ------------------------------------------------------------------ 7. rows: norms, rotary, embedding
 
-/// out = x / sqrt(mean(x^2) + eps) * weight. Sizes that are no multiple of 8 end with single values.
+/// out = x / sqrt(mean(x^2) + eps) * weight. Sizes that are no multiple of 16 end with single values.
 void rms_norm(const float* x, const float* weight, int size, float eps, float* out) {
     int whole = size / LANES * LANES;
     Floats squares = broadcast(0.0f);
@@ -732,40 +892,40 @@ void rms_norm(const float* x, const float* weight, int size, float eps, float* o
     for (int i = whole; i < size; i++) out[i] = x[i] * scale * weight[i];
 }
 
-/// Dimension i turns with dimension i + D/2; the result is multiplied by `factor`.
+/// Dimension i turns with dimension i + D/2; the result is multiplied by `factor`. Halves may end with single values.
 void rotate_head(float* head, const float* cos, const float* signed_sin, int head_dim, float factor) {
-    int half = head_dim / 2;
-    for (int i = 0; i < half; i += LANES) {
+    int half = head_dim / 2, i = 0;
+    for (; i + LANES <= half; i += LANES) {
         Floats a = load(head + i), b = load(head + half + i), scale = broadcast(factor);
         store(head + i, fma(a, load(cos + i), b * load(signed_sin + i)) * scale);
         store(head + half + i, fma(b, load(cos + half + i), a * load(signed_sin + half + i)) * scale);
+    }
+    for (; i < half; i++) {
+        float a = head[i], b = head[half + i];
+        head[i] = (a * cos[i] + b * signed_sin[i]) * factor;
+        head[half + i] = (b * cos[half + i] + a * signed_sin[half + i]) * factor;
     }
 }
 
 /// One row of a packed matrix, as floats: how the embedding is looked up, also in a table that is the output head too.
 void unpack_row(const Matrix& w, int row, float* out) {
     int block = row / CHANNELS, channel = row % CHANNELS;
-    size_t group_stride = size_t(CHANNELS), first_group = size_t(block) * w.num_groups() * CHANNELS + channel;
-    auto half_at = [&](const void* halves, int group) {
-        float eight[LANES];
-        const uint16_t* p = static_cast<const uint16_t*>(halves) + first_group + group * group_stride - channel % LANES;
-        store(eight, load_half(p));
-        return eight[channel % LANES];
-    };
+    float scales[LANES] = {}, minimums[LANES] = {};  // of the block's channels
     for (int i = 0; i < w.num_in; i++) {
-        int group = i / GROUP, within = i % GROUP;
-        size_t quad = (size_t(block) * (w.padded_in / QUAD) + i / QUAD) * CHANNELS + channel;
+        int group = block * w.num_groups() + i / GROUP, within = i % GROUP;
+        if (within == 0 && w.scales) store(scales, load_half(w.scales + size_t(group) * CHANNELS));
+        if (within == 0 && w.minimums) store(minimums, load_half(w.minimums + size_t(group) * CHANNELS));
+        const uint8_t* values = w.values + size_t(group) * GROUP * CHANNELS;
         if (w.kind == BFLOAT16) {
-            uint32_t bits = uint32_t(reinterpret_cast<const uint16_t*>(w.values)[(size_t(block) * w.padded_in + i) * CHANNELS + channel]) << 16;
+            size_t place = (size_t(group) * (GROUP / PAIR) + within / PAIR) * CHANNELS + channel;
+            uint32_t bits = uint32_t(reinterpret_cast<const uint16_t*>(w.values)[place * PAIR + i % PAIR]) << 16;
             std::memcpy(out + i, &bits, 4);
-        } else if (w.kind == INT8_CHANNEL) {
-            out[i] = float(int8_t(w.values[quad * QUAD + i % QUAD])) * static_cast<const float*>(w.scales)[row];
         } else if (w.kind == INT8_GROUP) {
-            out[i] = float(int8_t(w.values[quad * QUAD + i % QUAD])) * half_at(w.scales, group);
+            out[i] = float(int8_t(values[(within / QUAD * CHANNELS + channel) * QUAD + i % QUAD])) * scales[channel];
         } else {
-            size_t pair = (size_t(block) * w.num_groups() + group) * (GROUP / QUAD / 2) + within % (GROUP / 2) / QUAD;
-            int byte = w.values[(pair * CHANNELS + channel) * QUAD + i % QUAD];
-            out[i] = float(within < GROUP / 2 ? byte & 15 : byte >> 4) * half_at(w.scales, group) + half_at(w.minimums, group);
+            const uint8_t* nibbles = w.values + size_t(group) * GROUP * CHANNELS / 2;
+            int byte = nibbles[(within % (GROUP / 2) / QUAD * CHANNELS + channel) * QUAD + i % QUAD];
+            out[i] = float(within < GROUP / 2 ? byte & 15 : byte >> 4) * scales[channel] + minimums[channel];
         }
     }
 }
@@ -797,84 +957,82 @@ class Decoder {
     }
 
     /// hidden: [M, h] -> logits: [M, V].
-    void logits(const float* hidden, int num_rows, float* out) {
-        activations_.prepare_for({&model_.head}, num_rows);
-        each_row(num_rows, [&](int m) {
-            std::copy_n(hidden + size_t(m) * model_.hidden_size, model_.hidden_size, activations_.row(m));
-            activations_.finish_row(m, model_.hidden_size);
-        });
-        multiply({&model_.head}, activations_, num_rows, [&](int, int m, int block, Floats low, Floats high) {
-            store_channels(out + size_t(m) * model_.head.num_out, block, model_.head.num_out, low, high);
-        });
-    }
+    void logits(const float* hidden, int num_rows, float* out) { multiply_plain(model_.head, hidden, num_rows, out); }
 
-    void multiply_plain(const Matrix& w, const float* x, int num_rows, float* out) {
+    [[gnu::noinline]] void multiply_plain(const Matrix& w, const float* x, int num_rows, float* out) {
         activations_.prepare_for({&w}, num_rows);
         each_row(num_rows, [&](int m) {
             std::copy_n(x + size_t(m) * w.num_in, w.num_in, activations_.row(m));
             activations_.finish_row(m, w.num_in);
         });
-        multiply({&w}, activations_, num_rows, [&](int, int m, int block, Floats low, Floats high) {
-            store_channels(out + size_t(m) * w.num_out, block, w.num_out, low, high);
+        multiply({&w}, activations_, num_rows, [&](int, int m, int block, Floats sums) {
+            store_channels(out + size_t(m) * w.num_out, block, w.num_out, sums);
         });
     }
 
   private:
-    static constexpr int ROWS_PER_TASK = 16;    // of the work that is a few microseconds a row
-    static constexpr int BLOCKS_PER_TASK = 4;   // 64 output channels
+    static constexpr int ROWS_PER_TASK = 4;     // of the work that is a few microseconds a row
+    static constexpr int BLOCKS_PER_TASK = 4;   // 64 output channels, fewer where the threads would not share well
+    static constexpr int TASKS_PER_THREAD = 8;
     static constexpr int ROWS_IN_CACHE = 64;    // their activations stay near while a task's blocks pass
 
     float* residual(int m) { return residual_.data() + size_t(m) * model_.hidden_size; }
     int qkv_size() const { return (model_.num_heads + 2 * model_.num_kv_heads) * model_.head_dim; }
 
-    void each_row(int num_rows, const std::function<void(int)>& row) {
-        pool_.run((num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, [&](int task) {
-            for (int m = task * ROWS_PER_TASK; m < std::min(num_rows, (task + 1) * ROWS_PER_TASK); m++) row(m);
+    template <typename Row>
+    void each_row(int num_rows, const Row& row) {
+        int per_task = std::max(ROWS_PER_TASK, (num_rows + MAX_TASKS - 1) / MAX_TASKS);
+        pool_.run((num_rows + per_task - 1) / per_task, [&](int task) {
+            for (int m = task * per_task; m < std::min(num_rows, (task + 1) * per_task); m++) row(m);
         });
     }
 
-    /// Several matrices of the same input, as if they were one above the other. finish: (which matrix, row, block, low, high).
-    template <typename FinishOne>
-    void multiply(std::initializer_list<const Matrix*> matrices, Activations& x, int num_rows, FinishOne finish) {
+    /// Several matrices of the same input, as if they were one above the other. finish: (which matrix, row, block, sums).
+    template <typename Finish>
+    void multiply(std::initializer_list<const Matrix*> matrices, const Activations& x, int num_rows, const Finish& finish) {
         int num_blocks = 0;
         for (const Matrix* matrix : matrices) num_blocks += matrix->num_blocks();
-        each_range_of_blocks(num_blocks, [&](int first, int end) {
-            for (int row = 0; row < num_rows; row += ROWS_IN_CACHE)
-                for (int block = first; block < end; block++) {
-                    int which = 0, local = block;
-                    while (local >= matrices.begin()[which]->num_blocks()) local -= matrices.begin()[which++]->num_blocks();
-                    Finish one = [&](int m, int b, Floats low, Floats high) { finish(which, m, b, low, high); };
-                    multiply_block(*matrices.begin()[which], local, x, row, std::min(num_rows, row + ROWS_IN_CACHE), one);
-                }
+        each_block(num_blocks, num_rows, [&](int block, int row, int end_row) {
+            float sums[ROWS_IN_CACHE * CHANNELS];
+            int which = 0;
+            while (block >= matrices.begin()[which]->num_blocks()) block -= matrices.begin()[which++]->num_blocks();
+            multiply_block(*matrices.begin()[which], block, x, row, end_row, sums);
+            for (int m = row; m < end_row; m++) finish(which, m, block, load(sums + (m - row) * CHANNELS));
         });
     }
 
-    void each_range_of_blocks(int num_blocks, const std::function<void(int, int)>& range) {
-        int per_task = std::max(BLOCKS_PER_TASK, (num_blocks + MAX_TASKS - 1) / MAX_TASKS);
-        pool_.run((num_blocks + per_task - 1) / per_task,
-                  [&](int task) { range(task * per_task, std::min(num_blocks, (task + 1) * per_task)); });
+    /// one: (block, first row, end row), for all rows of every block, the blocks spread over the threads.
+    template <typename One>
+    void each_block(int num_blocks, int num_rows, const One& one) {
+        int per_task = std::clamp(num_blocks / (TASKS_PER_THREAD * pool_.num_threads()), 1, BLOCKS_PER_TASK);
+        per_task = std::max(per_task, (num_blocks + MAX_TASKS - 1) / MAX_TASKS);
+        pool_.run((num_blocks + per_task - 1) / per_task, [&](int task) {
+            for (int row = 0; row < num_rows; row += ROWS_IN_CACHE)
+                for (int block = task * per_task; block < std::min(num_blocks, (task + 1) * per_task); block++)
+                    one(block, row, std::min(num_rows, row + ROWS_IN_CACHE));
+        });
     }
 
     /// 16 channels of a line of `num_out`; the padding of the last block is dropped.
-    static void store_channels(float* line, int block, int num_out, Floats low, Floats high) {
+    static void store_channels(float* line, int block, int num_out, Floats sums) {
         int first = block * CHANNELS;
-        if (first + CHANNELS <= num_out) {
-            store(line + first, low);
-            store(line + first + LANES, high);
-        } else {
-            float both[CHANNELS];
-            store(both, low);
-            store(both + LANES, high);
-            std::copy_n(both, num_out - first, line + first);
-        }
+        float all[CHANNELS];
+        if (first + CHANNELS <= num_out) return store(line + first, sums);
+        store(all, sums);
+        std::copy_n(all, num_out - first, line + first);
     }
 
-    static void add_channels(float* line, const float* bias, int block, int num_out, Floats low, Floats high) {
-        float both[CHANNELS];
-        store(both, low);
-        store(both + LANES, high);
-        int first = block * CHANNELS, count = std::min(CHANNELS, num_out - first);
-        for (int i = 0; i < count; i++) line[first + i] += both[i] + (bias ? bias[first + i] : 0.0f);
+    static Floats load_channels(const float* line, int block, int num_out) {
+        int first = block * CHANNELS;
+        float all[CHANNELS] = {};
+        if (first + CHANNELS <= num_out) return load(line + first);
+        std::copy_n(line + first, num_out - first, all);
+        return load(all);
+    }
+
+    static void add_channels(float* line, const float* bias, int block, int num_out, Floats sums) {
+        if (bias) sums = sums + load_channels(bias, block, num_out);
+        store_channels(line, block, num_out, load_channels(line, block, num_out) + sums);
     }
 
     void make_query_tiles(const Step& step) {
@@ -907,15 +1065,10 @@ class Decoder {
         qkv_.resize(std::max(qkv_.size(), size_t(num_tokens) * qkv_size()));
         const int firsts[] = {0, num_heads * D, (num_heads + model_.num_kv_heads) * D};
         multiply({&layer.query, &layer.key, &layer.value}, activations_, num_tokens,
-                 [&](int which, int m, int block, Floats low, Floats high) {
+                 [&](int which, int m, int block, Floats sums) {
                      int column = firsts[which] + block * CHANNELS;
-                     if (layer.qkv_bias) {
-                         low = low + load(layer.qkv_bias + column);
-                         high = high + load(layer.qkv_bias + column + LANES);
-                     }
-                     float* place = qkv_.data() + size_t(m) * qkv_size() + column;
-                     store(place, low);
-                     store(place + LANES, high);
+                     if (layer.qkv_bias) sums = sums + load(layer.qkv_bias + column);
+                     store(qkv_.data() + size_t(m) * qkv_size() + column, sums);
                  });
         each_row(num_tokens, [&](int m) { turn_and_store(layer, step, m); });
     }
@@ -933,11 +1086,9 @@ class Decoder {
             rotate_head(one, cos, signed_sin, D, is_query ? query_scale : 1.0f);
         }
         if (step.slots[m] < 0) return;
-        for (int which = 0; which < 2; which++)
-            for (int kv_head = 0; kv_head < model_.num_kv_heads; kv_head++) {
-                const float* one = heads + size_t(model_.num_heads + which * model_.num_kv_heads + kv_head) * D;
-                write_cache(model_, layer.kv_cache, cache_offset(model_, which, kv_head, step.slots[m]), one, D);
-            }
+        const float *keys = heads + size_t(model_.num_heads) * D, *values = keys + size_t(model_.num_kv_heads) * D;
+        for (int i = 0; i < model_.num_kv_heads; i++)
+            Cache{model_, layer.kv_cache}.write(i, step.slots[m], keys + size_t(i) * D, values + size_t(i) * D);
     }
 
     /// From here on only these tokens matter: the last layer's keys and values are written.
@@ -955,12 +1106,12 @@ class Decoder {
         pool_.run((num_items + per_task - 1) / per_task, [&](int task) {
             for (int item = task * per_task; item < std::min(num_items, (task + 1) * per_task); item++) {
                 const QueryTile& tile = tiles[item / model_.num_kv_heads];
-                attend_tile(model_, layer.kv_cache, tile, item % model_.num_kv_heads, qkv_.data(), activations_);
+                attend_tile({model_, layer.kv_cache}, tile, item % model_.num_kv_heads, qkv_.data(), activations_);
             }
         });
         each_row(num_rows, [&](int m) { activations_.finish_row(m, model_.num_heads * model_.head_dim); });
-        multiply({&layer.output}, activations_, num_rows, [&](int, int m, int block, Floats low, Floats high) {
-            add_channels(residual(m), layer.output_bias, block, model_.hidden_size, low, high);
+        multiply({&layer.output}, activations_, num_rows, [&](int, int m, int block, Floats sums) {
+            add_channels(residual(m), layer.output_bias, block, model_.hidden_size, sums);
         });
     }
 
@@ -974,28 +1125,21 @@ class Decoder {
         between_.prepare_for({&layer.down}, num_rows);
         multiply_gate_and_up(layer, num_rows);
         each_row(num_rows, [&](int m) { between_.finish_row(m, intermediate); });
-        multiply({&layer.down}, between_, num_rows, [&](int, int m, int block, Floats low, Floats high) {
-            add_channels(residual(m), nullptr, block, h, low, high);
+        multiply({&layer.down}, between_, num_rows, [&](int, int m, int block, Floats sums) {
+            add_channels(residual(m), nullptr, block, h, sums);
         });
     }
 
-    /// between = silu(gate) * up. A block of gates waits in a small buffer for the same block of ups.
+    /// between = silu(gate) * up, block by block.
     void multiply_gate_and_up(const Layer& layer, int num_rows) {
-        each_range_of_blocks(layer.gate.num_blocks(), [&](int first, int end) {
-            float gates[ROWS_IN_CACHE * CHANNELS];
-            for (int row = 0; row < num_rows; row += ROWS_IN_CACHE)
-                for (int block = first; block < end; block++) {
-                    int end_row = std::min(num_rows, row + ROWS_IN_CACHE);
-                    multiply_block(layer.gate, block, activations_, row, end_row, [&](int m, int, Floats low, Floats high) {
-                        store(gates + (m - row) * CHANNELS, low);
-                        store(gates + (m - row) * CHANNELS + LANES, high);
-                    });
-                    multiply_block(layer.up, block, activations_, row, end_row, [&](int m, int, Floats low, Floats high) {
-                        const float* gate = gates + (m - row) * CHANNELS;
-                        store_channels(between_.row(m), block, model_.intermediate_size, silu(load(gate)) * low,
-                                       silu(load(gate + LANES)) * high);
-                    });
-                }
+        each_block(layer.gate.num_blocks(), num_rows, [&](int block, int row, int end_row) {
+            float gates[ROWS_IN_CACHE * CHANNELS], ups[ROWS_IN_CACHE * CHANNELS];
+            multiply_block(layer.gate, block, activations_, row, end_row, gates);
+            multiply_block(layer.up, block, activations_, row, end_row, ups);
+            for (int m = row; m < end_row; m++) {
+                int at = (m - row) * CHANNELS;
+                store_channels(between_.row(m), block, model_.intermediate_size, silu(load(gates + at)) * load(ups + at));
+            }
         });
     }
 
