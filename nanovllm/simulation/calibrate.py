@@ -2,8 +2,8 @@
 
     records of kernels   bandwidth, matrix rates, latency of each kind of kernel, sampler
     record of steps      the gap between two kernels of a graph
-    offline records      host time of a step (their `steps`), by batch size, of two models
-    serving record       one number, the front end's latency, so that TTFT p50 of one load is right (not done here)
+    offline records      host time of a step (their `steps`), by batch size
+    serving records      the three costs of the front end, from TTFT p50 of three loads (by hand, not here)
 
 Every kernel number comes from kernels alone: throughputs and latencies of whole runs are predictions, and are not
 fitted. Read next: `validate.py`.

@@ -38,6 +38,8 @@ class Calibration:
     host_token_s: float  # host: door and seat, for each token of a new prompt
     eager_launch_s: float  # host: one kernel without a graph; an assumption, not measured
     frontend_s: float  # HTTP, tokenizer, sockets, client: a request's way in, and again a token's way out
+    frontend_request_s: float  # of its only thread: reading a request
+    frontend_token_s: float  # and writing one token to its client
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +71,13 @@ H200_CALIBRATION = Calibration(
     tile_keys=447,
     logit_s=3.120e-12,
     greedy_logit_s=7.134e-13,
-    host_step_s=508.3e-6,
-    host_sequence_s=6.443e-6,
+    host_step_s=222.4e-6,
+    host_sequence_s=5.888e-6,
     host_token_s=91.55e-9,
     eager_launch_s=6e-6,
-    frontend_s=1.5e-3,
+    frontend_s=1.6e-3,
+    frontend_request_s=0.8e-3,
+    frontend_token_s=40e-6,
 )
 
 # A rough guess beside 2026-11-20-cpu-torch.json (SmolLM2-135M, two cores): one stream is right, batches come out 20 to 40 %
@@ -95,7 +99,9 @@ CPU_CALIBRATION = Calibration(
     host_sequence_s=2e-6,
     host_token_s=92e-9,
     eager_launch_s=0.0,
-    frontend_s=1.5e-3,
+    frontend_s=1.2e-3,
+    frontend_request_s=0.6e-3,
+    frontend_token_s=30e-6,
 )
 
 

@@ -1,8 +1,8 @@
 """One simulated run: the real engine, scheduler and block manager, driven by arrivals on a virtual clock.
 
-A request takes a constant time through the front end to the engine, and is taken in between two steps, as
-`engine_process.py` does; its tokens take as long on their way back. An offline run has no front end, and starts the
-device while requests are still added, as `LLMEngine.generate` does. Only the executor is not real.
+The front end is one process that does one thing at a time (`FrontEnd`): it reads requests and writes tokens. A request
+that has come through is taken in between two steps, as `engine_process.py` does. An offline run has no front end, and
+starts the device while requests are still added, as `LLMEngine.generate` does. Only the executor is not real.
 
 Prompts are token ids that differ in their first two tokens: different prompts share no block, and equal prefixes do.
 Read next: `report.py`.
@@ -11,7 +11,7 @@ Read next: `report.py`.
 from __future__ import annotations
 
 import gc
-import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.policy import make_policy
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.model_spec import ModelSpec
+from nanovllm.outputs import GenerationOutput
 from nanovllm.runner.memory_plan import plan_memory
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.simulation.cost import BYTES_PER_VALUE, CostModel
@@ -123,6 +124,34 @@ def simulate(
         return _Simulation(deployment, arrivals, is_offline, on_finish).run(on_step)
 
 
+class FrontEnd:
+    """A queue with one server. All times in seconds since the beginning.
+
+    Reading a request costs a time, and writing a token to its client another; beside that everything takes `latency_s`
+    each way. Tokens that wait while it is busy are written together: a step that ends meanwhile adds nothing but them.
+    """
+
+    def __init__(self, latency_s: float, request_s: float, token_s: float) -> None:
+        self.latency_s, self.request_s, self.token_s = latency_s, request_s, token_s
+        self._free_at = 0.0
+        self._batch_begin, self._batch_size = -1.0, 0  # of the last tokens that were written, or will be
+
+    def read(self, arrival: float) -> float:
+        """When a request that arrives then is at the engine."""
+        self._free_at = max(self._free_at, arrival) + self.request_s
+        return self._free_at + self.latency_s
+
+    def write(self, now: float, num_tokens: int) -> float:
+        """When clients have the tokens of a step that ended now."""
+        if now < self._batch_begin:  # the batch before has not begun: they join it
+            self._free_at += max(0, num_tokens - self._batch_size) * self.token_s
+            self._batch_size = max(self._batch_size, num_tokens)
+        else:
+            self._batch_begin, self._batch_size = max(self._free_at, now), num_tokens
+            self._free_at = self._batch_begin + num_tokens * self.token_s
+        return self._free_at + self.latency_s
+
+
 class _Simulation:
     def __init__(
         self, deployment: Deployment, arrivals: Sequence[Arrival], is_offline: bool, on_finish: Callable[[], object]
@@ -153,9 +182,13 @@ class _Simulation:
         self.calibration = deployment.hardware.calibration
         self.run_so_far = Run(work=self.executor.work)
         self.num_added = 0
-        self._frontend_s = 0.0 if is_offline else self.calibration.frontend_s
-        self._next_time = self._time_at_engine()
+        costs = self.calibration
+        frontend = (0.0, 0.0, 0.0) if is_offline else (costs.frontend_s, costs.frontend_request_s, costs.frontend_token_s)
+        self._frontend = FrontEnd(*frontend)
+        self._num_read = 0
+        self._read: deque[float] = deque()  # when requests that the front end has begun to read are at the engine
         self._open: dict[str, Arrival] = {}  # by request id
+        self._first_token: dict[str, float] = {}  # when its client had it
         self._on_finish = on_finish
         self._params: dict[int, SamplingParams] = {}
 
@@ -165,12 +198,15 @@ class _Simulation:
             self._start_early()
         while self.num_added < len(self.arrivals) or engine.has_work:
             if not engine.has_work:
-                clock.now = max(clock.now, self._next_time)
-            while self._next_time <= clock.now:
+                clock.now = max(clock.now, self._read[0] if self._read else self.arrivals[self.num_added].time)
+            self._read_arrivals()
+            while self._read and self._read[0] <= clock.now:
+                self._read.popleft()
                 self._add_next()
-            self._close([output for output in engine.step() if output.finished])
-            if on_step is not None:
-                on_step(engine)
+            if engine.has_work:
+                self._hand_over(engine.step())
+                if on_step is not None:
+                    on_step(engine)
         return self.run_so_far
 
     def _start_early(self) -> None:
@@ -183,10 +219,12 @@ class _Simulation:
             self.engine.step(may_collect=False)
         while self.num_added < len(self.arrivals):
             self._add_next()
+        self._num_read = self.num_added
 
-    def _time_at_engine(self) -> float:
-        """When the next request reaches the engine; infinity after the last."""
-        return self.arrivals[self.num_added].time + self._frontend_s if self.num_added < len(self.arrivals) else math.inf
+    def _read_arrivals(self) -> None:
+        while self._num_read < len(self.arrivals) and self.arrivals[self._num_read].time <= self.clock.now:
+            self._read.append(self._frontend.read(self.arrivals[self._num_read].time))
+            self._num_read += 1
 
     def _add_next(self) -> None:
         arrival = self.arrivals[self.num_added]
@@ -196,7 +234,6 @@ class _Simulation:
         )
         self._open[request_id] = arrival
         self.num_added += 1
-        self._next_time = self._time_at_engine()
 
     def _prompt_of(self, arrival: Arrival) -> list[int]:
         if arrival.token_ids is not None:
@@ -211,23 +248,33 @@ class _Simulation:
             self._params[num_output] = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True)
         return self._params[num_output]
 
-    def _close(self, outputs: list) -> None:
-        way_out = self._frontend_s
+    def _hand_over(self, outputs: list) -> None:
+        """The tokens of a step go to their clients."""
+        if not outputs:
+            return
+        self._read_arrivals()  # what came before this step ended is ahead of its tokens
+        now = self.clock.now
+        seen = self._frontend.write(now, len(outputs))
         for output in outputs:
-            arrival = self._open.pop(output.request_id)
-            times = output.metrics
-            self.run_so_far.finished.append(
-                Finished(
-                    arrival.time,
-                    times.first_token_time + way_out,
-                    times.finish_time + way_out,
-                    times.num_prompt_tokens,
-                    times.num_generated_tokens,
-                    times.num_cached_tokens,
-                    times.num_preemptions,
-                )
+            if output.metrics.first_token_time == now:
+                self._first_token[output.request_id] = seen
+            if output.finished:
+                self._close(output, seen)
+
+    def _close(self, output: GenerationOutput, seen: float) -> None:
+        times, arrival = output.metrics, self._open.pop(output.request_id)
+        self.run_so_far.finished.append(
+            Finished(
+                arrival.time,
+                self._first_token.pop(output.request_id),
+                seen,
+                times.num_prompt_tokens,
+                times.num_generated_tokens,
+                times.num_cached_tokens,
+                times.num_preemptions,
             )
-            self._on_finish()
+        )
+        self._on_finish()
 
 
 def _tokens(number: int, length: int, filler: int) -> list[int]:

@@ -1,16 +1,18 @@
 """Validation: predictions beside what one H200 measured, line by line, with the error.
 
-Of these lines one was used to calibrate: TTFT p50 of "50 requests/s" (marked *) gave the front end's latency. Everything
-else is predicted from times of kernels and of the host's steps. The arrivals of the serving record are replayed
-exactly, token by token: its client draws prompts and then arrivals from `random.Random(0)` for every load, so the loads
-share prompts, and the server's prefix cache found them.
+Of these lines three were used to calibrate (marked *): they gave the three costs of the front end. Everything else is
+predicted from times of kernels and of the host's steps. The serving records are replayed request by request, at the
+moments when their client really sent them, and token by token: loads of equally long prompts share them, and the
+server's prefix cache found them.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +20,16 @@ from nanovllm.config import EngineConfig
 from nanovllm.errors import ConfigError
 from nanovllm.simulation.hardware import PROFILES
 from nanovllm.simulation.report import percentile
-from nanovllm.simulation.run import Deployment, deploy, simulate
+from nanovllm.simulation.run import Deployment, Finished, deploy, simulate
 from nanovllm.simulation.shapes import SHAPES
 from nanovllm.simulation.workload import Arrival, nano_vllm_benchmark
 
 RECORDS = Path("benchmarks/records")
-OFFLINE = ("2026-11-25-gpu-qwen3-0.6b.json", "2026-11-25-gpu-qwen3-8b.json")
-SERVING = "2026-11-25-gpu-serve-qwen3-0.6b.json"
-FITTED = {("50 requests/s", "TTFT p50, ms")}
-CLIENT_VOCABULARY = 10_000  # of the client that made the records: today `bench serve`, workload poisson
-PAUSE_S = 60.0  # between two loads of the serving record: long enough for the last answer
+OFFLINE = ("2026-11-29-gpu-qwen3-0.6b.json", "2026-11-25-gpu-qwen3-8b.json")
+SERVING = ("at-once-128", "50", "100", "at-once-512", "20")  # in the order in which one server met them
+FITTED = {(f"{rate} requests/s", "TTFT p50, ms") for rate in (20, 50, 100)}
+VOCABULARY, SHIFT = 9_999, 1009  # of `nanovllm bench serve`: token ids from 1, and how far each repeat moves them
+PAUSE_S = 60.0  # between two loads: long enough for the last answer
 BAR, GOAL = 0.10, 0.05
 
 
@@ -46,7 +48,8 @@ class Line(NamedTuple):
 def validate(folder: Path = RECORDS) -> list[Line]:
     """All lines. Raises `ConfigError` where the records are not there."""
     lines = [line for name in OFFLINE for line in _offline(_read(folder / name))]
-    return lines + list(_serving(_read(folder / SERVING), _read(folder / OFFLINE[0])))
+    loads = [load for name in SERVING for load in _loads(folder / f"2026-11-29-gpu-serve-{name}.json")]
+    return lines + list(_serving(loads, _read(folder / OFFLINE[0])))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -83,42 +86,70 @@ def _offline(record: dict[str, Any]) -> Iterator[Line]:
     yield line("64 x 2,048 prompts, tok/s", "prompt_tok_s_64x2048", 64 * 2048 / seconds([Arrival(0.0, 2048, 1)] * 64))
 
 
-def _serving(record: dict[str, Any], engine: dict[str, Any]) -> Iterator[Line]:
-    """All loads in one run, as they met one server: the later ones find prompts of the earlier ones in its cache."""
+@dataclass(slots=True)
+class Load:
+    """One repeat of a serving record."""
+
+    what: str
+    arrivals: list[Arrival]  # times since the load began
+    rows: list[dict[str, Any]]  # what its client saw
+    is_last_repeat: bool
+
+
+def _loads(path: Path) -> Iterator[Load]:
+    parameters = _read(path)["workload"]["parameters"]
+    with gzip.open(path.with_suffix(".rows.jsonl.gz"), "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    rng, rate = random.Random(0), float(parameters["rate"])
+    num_requests, num_input = parameters["num_requests"], parameters["num_input"]
+    prompts = [[rng.randrange(1, VOCABULARY + 1) for _ in range(num_input)] for _ in range(num_requests)]
+    repeats = sorted({row["repeat"] for row in rows})
+    for repeat in repeats:
+        ours = sorted((row for row in rows if row["repeat"] == repeat), key=lambda row: row["sent_ms"])
+        arrivals = [
+            Arrival(
+                row["sent_ms"] / 1e3,
+                num_input,
+                parameters["num_output"],
+                token_ids=[1 + (token - 1 + repeat * SHIFT) % VOCABULARY for token in prompts[row["index"]]],
+            )
+            for row in ours
+        ]
+        what = f"{num_requests} at once" if rate == float("inf") else f"{rate:g} requests/s"
+        yield Load(what, arrivals, ours, repeat == repeats[-1])
+
+
+def _serving(loads: list[Load], engine: dict[str, Any]) -> Iterator[Line]:
+    """All loads in one run, as they met one server: the later ones find prompts of the earlier ones in its cache.
+
+    Of repeats the last is compared: the first finds a server that has just started.
+    """
     deployment = _deployment(engine, is_greedy=True)
     arrivals: list[Arrival] = []
     begins = []
-    for measured in record["loads"]:
+    for load in loads:
         begins.append(arrivals[-1].time + PAUSE_S if arrivals else 0.0)
-        arrivals += client_arrivals(measured, begins[-1])
+        arrivals += [arrival._replace(time=arrival.time + begins[-1]) for arrival in load.arrivals]
     finished = simulate(deployment, arrivals).finished
-    for measured, begin, end in zip(record["loads"], begins, [*begins[1:], float("inf")]):
-        ours = [one for one in finished if begin <= one.arrival < end]
-        rate, num_requests = float(measured["load"]["requests_per_s"]), measured["load"]["requests"]
-        what = f"{num_requests} at once" if rate == float("inf") else f"{rate:g} requests/s"
-        seconds = max(one.finish for one in ours) - begin
-        yield Line(what, "output tok/s", measured["output_tok_s"], sum(one.num_output for one in ours) / seconds)
-        for name, q in (("ttft", 50), ("ttft", 99), ("tpot", 50)):
-            predicted = percentile(sorted(getattr(one, name) for one in ours), q) * 1e3
-            metric = f"{name.upper()} p{q}, ms"
-            yield Line(what, metric, measured[f"{name}_ms"][f"p{q}"], predicted, (what, metric) in FITTED)
+    for load, begin, end in zip(loads, begins, [*begins[1:], float("inf")]):
+        if load.is_last_repeat:
+            ours = [one for one in finished if begin <= one.arrival < end]
+            yield from _compare(load, ours, begin)
 
 
-def client_arrivals(measured: dict[str, Any], begin: float) -> list[Arrival]:
-    """What the client of the records did, as `bench serve` does: all prompts first, then the gaps, from one generator.
-
-    "All at once" takes its one process a while: the last request ends that much later than its latency.
-    """
-    load = measured["load"]
-    rng, now, rate = random.Random(0), begin, float(load["requests_per_s"])
-    at_once_s = (measured["seconds"] - measured["latency_ms"]["p99"] / 1e3) / load["requests"]
-    num_input = load["input"]
-    prompts = [[rng.randrange(1, CLIENT_VOCABULARY) for _ in range(num_input)] for _ in range(load["requests"])]
-    arrivals = []
-    for prompt in prompts:
-        arrivals.append(Arrival(now, num_input, load["output"], token_ids=prompt))
-        now += rng.expovariate(rate) if rate < float("inf") else at_once_s
-    return arrivals
+def _compare(load: Load, ours: list[Finished], begin: float) -> Iterator[Line]:
+    num_tokens = sum(one.num_output for one in ours)
+    measured_s = max(row["sent_ms"] + row["latency_ms"] for row in load.rows) / 1e3
+    seconds = max(one.finish for one in ours) - begin
+    yield Line(load.what, "output tok/s", num_tokens / measured_s, num_tokens / seconds)
+    times = {
+        "ttft": [row["ttft_ms"] for row in load.rows],
+        "tpot": [(row["latency_ms"] - row["ttft_ms"]) / max(1, row["num_output"] - 1) for row in load.rows],
+    }
+    for name, q in (("ttft", 50), ("ttft", 99), ("tpot", 50)):
+        predicted = percentile(sorted(getattr(one, name) for one in ours), q) * 1e3
+        metric = f"{name.upper()} p{q}, ms"
+        yield Line(load.what, metric, percentile(sorted(times[name]), q), predicted, (load.what, metric) in FITTED)
 
 
 def describe_lines(lines: list[Line]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nanovllm.bench.workloads import make_workload, shifted
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.errors import ConfigError
 from nanovllm.simulation import cost as cost_module
@@ -15,7 +16,7 @@ from nanovllm.simulation.calibrate import calibrate
 from nanovllm.simulation.cost import CostModel
 from nanovllm.simulation.hardware import H200_CALIBRATION, PROFILES, find_hardware
 from nanovllm.simulation.shapes import SHAPES, find_shape
-from nanovllm.simulation.validate import CLIENT_VOCABULARY, Line, client_arrivals, describe_lines, validate
+from nanovllm.simulation.validate import Line, _loads, describe_lines, validate
 
 RECORDS = Path(__file__).resolve().parents[2] / "benchmarks/records"
 
@@ -35,9 +36,8 @@ def batch(*chunks: tuple[int, int], sampled: int | None = None) -> ScheduledBatc
 
 
 def test_the_profile_is_what_the_records_say():
-    computed = calibrate(
-        PROFILES["h200"], record("kernels"), record("steps-qwen3-0.6b"), [record("qwen3-0.6b"), record("qwen3-8b")]
-    )
+    offline = json.loads((RECORDS / "2026-11-29-gpu-qwen3-0.6b.json").read_text())  # the host's work was cut since the others
+    computed = calibrate(PROFILES["h200"], record("kernels"), record("steps-qwen3-0.6b"), [offline])
     for field in fields(H200_CALIBRATION):
         assert getattr(H200_CALIBRATION, field.name) == pytest.approx(getattr(computed, field.name), rel=0.01), field.name
 
@@ -99,12 +99,15 @@ def test_offline_lines_of_prompts_hold_the_bar():
         assert long.ttft * 1e3 == pytest.approx(measured["results"]["ttft_8192_ms"]["median"], rel=0.10)
 
 
-def test_the_client_of_the_record_is_replayed():
-    load = {"requests_per_s": "50.0", "requests": 20, "input": 8, "output": 4}
-    arrivals = client_arrivals({"load": load, "seconds": 1.0, "latency_ms": {"p99": 1000.0}}, 10.0)
-    assert arrivals[0].time == 10.0
-    assert [arrival.time for arrival in arrivals] == sorted(arrival.time for arrival in arrivals)
-    assert all(len(arrival.token_ids) == 8 and max(arrival.token_ids) < CLIENT_VOCABULARY for arrival in arrivals)
+def test_the_requests_of_the_serving_records_are_replayed():
+    """Prompts are those that `bench serve` makes, in the order and at the times at which its client sent them."""
+    for load in _loads(RECORDS / "2026-11-29-gpu-serve-at-once-128.json"):
+        assert [arrival.time for arrival in load.arrivals] == [row["sent_ms"] / 1e3 for row in load.rows]
+    workload = make_workload("poisson", rate=float("inf"), num_requests=128, num_input=1024, num_output=512)
+    expected = shifted(workload, load.rows[0]["repeat"]).requests  # the last repeat
+    assert load.is_last_repeat and load.what == "128 at once"
+    for arrival, row in zip(load.arrivals, load.rows, strict=True):
+        assert tuple(arrival.token_ids) == expected[row["index"]].prompt and arrival.num_output == 512
 
 
 def test_the_table_of_lines_counts_what_holds_the_bar():

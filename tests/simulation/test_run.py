@@ -8,7 +8,7 @@ import pytest
 
 from nanovllm.config import SchedulerLimits
 from nanovllm.simulation.hardware import PROFILES, Calibration, Hardware
-from nanovllm.simulation.run import Deployment, simulate
+from nanovllm.simulation.run import Deployment, FrontEnd, simulate
 from nanovllm.simulation.shapes import SHAPES
 from nanovllm.simulation.workload import Arrival, parse_workload
 
@@ -33,6 +33,16 @@ def test_two_requests_take_the_time_that_a_hand_computes():
     assert (a.first_token, a.finish) == pytest.approx((2.25, 4.25))
     assert (b.first_token, b.finish) == pytest.approx((4.25, 5.25))
     assert (a.ttft, b.ttft, a.tpot) == pytest.approx((2.25, 3.35, 1.0))
+
+
+def test_the_front_end_does_one_thing_at_a_time():
+    frontend = FrontEnd(latency_s=10.0, request_s=2.0, token_s=1.0)
+    assert frontend.read(0.0) == 12.0
+    assert frontend.read(1.0) == 14.0  # begins when the first has been read, at 2
+    assert frontend.write(3.0, 2) == 16.0  # begins at 4
+    assert frontend.write(3.5, 3) == 17.0  # the batch before has not begun: they go out together, 3 tokens and not 5
+    assert frontend.write(20.0, 1) == 31.0
+    assert frontend.read(20.5) == 33.0
 
 
 def test_without_a_step_ahead_the_host_is_on_the_path():
