@@ -14,7 +14,7 @@ if importlib.util.find_spec("gguf") is None:
     collect_ignore += ["test_tokenizer.py", "test_tokenizer_gguf.py", "test_tokenizer_streams.py"]
 if any(importlib.util.find_spec(name) is None for name in ("msgspec", "starlette", "openai", "jsonschema", "yaml", "zmq")):
     collect_ignore += ["server", "structured", "engine", "recovery", "bench", "observability"]
-    collect_ignore += ["test_cli.py", "test_deploy.py", "test_remote_chat.py", "test_degradations.py"]
+    collect_ignore += ["test_cli.py", "test_deploy.py", "test_remote_chat.py", "test_degradations.py", "test_retry.py"]
 
 
 @pytest.fixture(autouse=True)
