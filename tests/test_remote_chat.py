@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -120,6 +121,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(server):
         os.kill(process.pid, signal.SIGINT)
         out, _ = process.communicate("and now\n", timeout=60)
     assert process.returncode == 0 and out.endswith("You said: and now\n")
+    deadline = time.monotonic() + 10  # the server notices that a client has gone when it looks
+    while server.num_aborted == before and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert server.num_aborted == before + 1
 
 

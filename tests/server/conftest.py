@@ -10,7 +10,9 @@ from live_server import LiveServer, live_server, write_tiny_model
 
 @pytest.fixture(scope="session")
 def live() -> Iterator[LiveServer]:
-    with live_server("--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**27), "--max-num-seqs", "16") as server:
+    with live_server(
+        "--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**27), "--max-num-seqs", "16"
+    ) as server:
         yield server
 
 

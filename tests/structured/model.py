@@ -20,7 +20,7 @@ PERSON = {
 
 
 def make_llm(**options: Any) -> LLM:
-    return LLM(num_threads=1, **{"num_kv_blocks": 320, "max_num_seqs": 32, **options})
+    return LLM(num_threads=1, **{"dtype": "float32", "num_kv_blocks": 320, "max_num_seqs": 32, **options})
 
 
 def prompt(llm: LLM, text: str = "Describe a person as JSON with a name and an age.") -> list[int]:
