@@ -384,6 +384,7 @@ class AsyncEngine:
         self._requests.pop(request.output.request_id, None)
         for completion in request.completions:
             self._completions.pop(completion.handle, None)
+        request.completions.clear()  # they point back at it: without the circle nothing is left to the garbage collector
         if not request.output.finished and request.embedding is None:  # also unknown to the engine: it ignores that
             self._tell_to_abort(request)
 

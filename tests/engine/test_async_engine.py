@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import asyncio
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import logging
@@ -30,6 +31,7 @@ from support import VOCAB_SIZE, naive_generate
 from nanovllm import LLM, AsyncEngine, SamplingParams, StructuredOutput, errors
 from nanovllm.config import EngineConfig
 from nanovllm.engine import engine_process, messages
+from nanovllm.engine.async_engine import LiveRequest
 from nanovllm.engine.messages import AddRequest, Call, Failure, Hello, decode_for_frontend, encode
 from nanovllm.errors import (
     ConfigError,
@@ -237,6 +239,19 @@ class TestWithTheModel:
             return [output.metrics.num_cached_tokens for output in outputs]
 
         assert real.run(three()) == [0, 32, 0]
+
+    def test_a_request_leaves_nothing_to_the_garbage_collector(self, real):
+        """Twenty thousand leftovers stop a front end for up to 80 ms when the collector comes (LOG.md, 2026-11-29)."""
+        real.run(finish(real.engine, PROMPTS[0], greedy(4, n=2)))
+        gc.collect()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            real.run(finish(real.engine, PROMPTS[0], greedy(4, n=2)))
+            gc.collect()
+            assert not [one for one in gc.garbage if isinstance(one, LiveRequest | GenerationOutput)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
 
     def test_the_tokenizer_is_that_of_the_checkpoint(self, llm, real):
         tokenizer = real.engine.tokenizer
