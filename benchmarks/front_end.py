@@ -108,8 +108,8 @@ async def stream(port: int, body: dict[str, Any]) -> tuple[int, int]:
     """(status, events) of one streamed request."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
-    writer.write(head.encode() + data)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     status, num_events = 0, 0
     while part := await reader.read(2**16):
         status = status or int(part.split(b" ", 2)[1])
