@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import time
 import traceback
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ import zmq
 from nanovllm.engine.events import Event, SequencePreempted, StepCollected, StepDispatched
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.messages import (
+    STEP_SIZE_EDGES,
     Abort,
     AddRequest,
     Answer,
@@ -144,6 +146,7 @@ class Counters:
         self.num_steps = self.num_generated_tokens = self.num_computed_tokens = self.num_preemptions = 0
         self.forward_ns = self.schedule_ns = self.apply_ns = 0
         self._told_time = -SHORTAGE_SECONDS
+        self._steps_by_size = [0] * (len(STEP_SIZE_EDGES) + 1)  # the last is for more tokens than the last edge
         self.result_time = 0.0  # when the last step's result was on the host, seconds of the engine's clock
 
     def on_event(self, event: Event) -> None:
@@ -156,11 +159,16 @@ class Counters:
         elif isinstance(event, StepDispatched):
             self.num_computed_tokens += event.num_tokens
             self.schedule_ns += event.schedule_ns
+            self._steps_by_size[bisect_left(STEP_SIZE_EDGES, event.num_tokens)] += 1
         elif isinstance(event, SequencePreempted):
             self.num_preemptions += 1
             if event.time - self._told_time >= SHORTAGE_SECONDS:
                 self._told_time = event.time
                 degraded("kv_cache_full", "%s is computed again; %d preemptions so far", event.request_id, self.num_preemptions)
+
+    def totals(self) -> dict[str, int | float]:
+        sizes = {f"num_steps_up_to_{edge}": number for edge, number in zip([*STEP_SIZE_EDGES, "inf"], self._steps_by_size)}
+        return {**{name: value for name, value in vars(self).items() if not name.startswith("_")}, **sizes}
 
 
 class EngineProcess:
@@ -429,7 +437,7 @@ class EngineProcess:
             "num_prefix_hit_tokens": blocks.stats.num_hit_tokens,
             "num_prefix_evictions": blocks.stats.num_evictions,
             **{f"num_degraded_{reason}": number for reason, number in self._degradations.items()},
-            **{name: value for name, value in vars(self._counters).items() if not name.startswith("_")},
+            **self._counters.totals(),
         }
 
     def _set_limits(self, **limits: Any) -> dict[str, Any]:

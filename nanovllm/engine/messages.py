@@ -42,6 +42,9 @@ class EngineFacts:
     has_checkpoint: bool = False  # it keeps a journal: requests survive its crash
 
 
+STEP_SIZE_EDGES = tuple(2**power for power in range(15))  # tokens of a step, up to and including; as vLLM counts them
+
+
 class TokenizerMessage(msgspec.Struct):
     """A whole tokenizer, so that a front end reads no checkpoint."""
 

@@ -16,6 +16,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
+from nanovllm.engine.messages import STEP_SIZE_EDGES
 from nanovllm.log import DEGRADATIONS
 from nanovllm.outputs import GenerationOutput
 from nanovllm.sampling_params import SamplingParams
@@ -302,12 +303,25 @@ def _of_engine(counts: Snapshot, stats: Mapping[str, Any], model_name: str, conf
             counter = CounterMetricFamily(name, text, labels=["model_name", "engine"])
             counter.add_metric([model_name, "0"], stats[key] * factor)
             yield counter
+    if "num_steps_up_to_1" in stats:
+        yield _step_sizes(stats, model_name)
     text = "times that something became worse than asked for, by reason; the log has a line for each"
     degradations = CounterMetricFamily("nanovllm:degradations", text, labels=["model_name", "engine", "reason"])
     for reason in DEGRADATIONS:
         if (number := stats.get(f"num_degraded_{reason}")) is not None:
             degradations.add_metric([model_name, "0", reason], number)
     yield degradations
+
+
+def _step_sizes(stats: Mapping[str, Any], model_name: str) -> Any:
+    family = HistogramMetricFamily("vllm:iteration_tokens_total", "tokens of a step", labels=["model_name", "engine"])
+    cumulated, buckets = 0, []
+    for edge in STEP_SIZE_EDGES:
+        cumulated += stats[f"num_steps_up_to_{edge}"]
+        buckets.append((repr(float(edge)), cumulated))
+    buckets.append(("+Inf", cumulated + stats["num_steps_up_to_inf"]))
+    family.add_metric([model_name, "0"], buckets, stats["num_computed_tokens"])
+    return family
 
 
 def _gauge(name: str, text: str, model_name: str, value: float) -> Any:

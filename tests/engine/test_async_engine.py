@@ -561,6 +561,7 @@ class TestCalls:
         grown = service.run(difference())
         assert (grown["num_requests"], grown["num_prompt_tokens"], grown["num_generated_tokens"]) == (1, 3, 10)
         assert 10 <= grown["num_steps"] <= 12 and grown["schedule_ns"] > 0 and grown["apply_ns"] > 0
+        assert 9 <= grown["num_steps_up_to_1"] <= 11 and grown["num_steps_up_to_4"] == 1 and grown["num_steps_up_to_2"] == 0
 
     @pytest.mark.parametrize("seconds", [0, -1, 61, True, "1", float("nan")])
     def test_a_profile_of_an_impossible_length_is_refused(self, service, seconds):

@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server_fakes import FakeAsyncEngine
 from server_frame import serving
 
+from nanovllm.engine.messages import STEP_SIZE_EDGES
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.app import create_app
 from nanovllm.server.auth import Keyring
@@ -82,6 +83,8 @@ def test_lines_of_the_engine_come_from_its_stats():
         "forward_ns": 2e9,
     }
     stats |= {"num_prefix_queried_tokens": 50, "num_prefix_hit_tokens": 20}
+    stats |= {f"num_steps_up_to_{edge}": 0 for edge in [*STEP_SIZE_EDGES, "inf"]}
+    stats |= {"num_steps_up_to_1": 3, "num_steps_up_to_256": 4, "num_steps_up_to_inf": 2, "num_computed_tokens": 90_000}
     counts = Metrics(100).counts
     counts.gauges = {"requests_queued": 5}
     found = {f.name: f for f in text_string_to_metric_families(render(counts, stats, "m", {"block_size": 4}).decode())}
@@ -91,6 +94,9 @@ def test_lines_of_the_engine_come_from_its_stats():
     assert value(found, "vllm:num_preemptions", "_total") == 7
     assert value(found, "nanovllm:engine_forward_seconds", "_total") == 2
     assert value(found, "vllm:cache_config_info", block_size="4") == 1
+    sizes = "vllm:iteration_tokens_total"
+    assert [value(found, sizes, "_bucket", le=edge) for edge in ("128.0", "256.0", "16384.0", "+Inf")] == [3, 7, 7, 9]
+    assert value(found, sizes, "_count") == 9 and value(found, sizes, "_sum") == 90_000
 
 
 def test_a_dead_engine_has_no_lines_and_does_not_break_the_others():
