@@ -32,7 +32,7 @@ from nanovllm.bench.commands import add_bench_commands
 from nanovllm.config import EngineConfig
 from nanovllm.engine.progress import deferred_interrupt
 from nanovllm.errors import ConfigError, InvalidPrompt, NanoVllmError, did_you_mean
-from nanovllm.log import configure_logging
+from nanovllm.log import FORMAT_VARIABLE, configure_logging
 from nanovllm.observability.options import ObservabilityOptions
 from nanovllm.retry import RetryPolicy
 from nanovllm.sampling_params import SamplingParams
@@ -58,6 +58,8 @@ Stream = Callable[
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 after an error that was explained on standard error."""
     arguments = build_parser().parse_args(argv)
+    if log_format := getattr(arguments, "log_format", None):
+        os.environ[FORMAT_VARIABLE] = log_format
     configure_logging(arguments.log_level)
     try:
         return arguments.run(arguments)
@@ -129,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], help_text: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=help_text, description=help_text)
     command.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
+    command.add_argument("--log-format", choices=["text", "json"], help="of log lines (default: $NANOVLLM_LOG_FORMAT, or text)")
     command.set_defaults(run=run)
     return command
 

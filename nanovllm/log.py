@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 
 logger = logging.getLogger("nanovllm")
 
@@ -40,10 +42,26 @@ def show_log_unless_configured() -> None:
         configure_logging()
 
 
+FORMAT_VARIABLE = "NANOVLLM_LOG_FORMAT"  # "text" or "json"; processes that this one starts inherit it
+
+
+class JsonLines(logging.Formatter):
+    """One object a line: time (seconds since 1970), level and message; or, for a line of the access log, its fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", None) or {"time": round(record.created, 3), "message": record.getMessage()}
+        line = {"level": record.levelname, **fields}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
 def configure_logging(level: str = "INFO") -> None:
-    """Send the package's log lines to standard error."""
+    """Send the package's log lines to standard error, in the form that NANOVLLM_LOG_FORMAT names."""
+    is_json = os.environ.get(FORMAT_VARIABLE) == "json"
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    handler.setFormatter(JsonLines() if is_json else text)
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False

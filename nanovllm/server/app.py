@@ -172,7 +172,7 @@ class Gate:
         records = state.get("records", ())
         if records:
             line["completions"] = [record.describe() for record in records[:16]]
-        access_log.info("%s", msgspec.json.encode(line).decode())
+        access_log.info("%s", msgspec.json.encode(line).decode(), extra={"fields": line})
 
 
 class Answering:
