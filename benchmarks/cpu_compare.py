@@ -180,12 +180,16 @@ def run_in_process(engine: str, python: str, options: dict) -> dict[str, float]:
     return result
 
 
+SPIN = "import os; os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})\nwhile True: pass"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", nargs="+", default=["nanovllm", "transformers"], choices=list(ENGINES))
     parser.add_argument("--llamacpp-python", default=sys.executable, help="interpreter that has llama-cpp-python")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every engine")
+    parser.add_argument("--neighbour", action="store_true", help="another process spins on the last core meanwhile")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON options for LLM()")
     parser.add_argument("--record", metavar="NAME")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -196,6 +200,7 @@ def main() -> None:
     from nanovllm.bench.record import summary, write_record
 
     runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in arguments.engines}
+    neighbour = subprocess.Popen([sys.executable, "-c", SPIN]) if arguments.neighbour else None
     for repeat in range(arguments.repeats):
         order = arguments.engines if repeat % 2 == 0 else arguments.engines[::-1]
         for engine in order:
@@ -204,6 +209,8 @@ def main() -> None:
             options = {"num_threads": arguments.threads, **ours}
             runs[engine].append(run_in_process(engine, python, options))
             print(engine, {name: round(value, 2) for name, value in runs[engine][-1].items()}, flush=True)
+    if neighbour is not None:
+        neighbour.kill()
     results = {engine: {name: summary([run[name] for run in rows]) for name in rows[0]} for engine, rows in runs.items()}
     print(f"\n{'median':<14}" + "".join(f"{name:>13}" for name in next(iter(results.values()))))
     for engine, row in results.items():
@@ -213,6 +220,7 @@ def main() -> None:
             "model": demo_model().name,
             "seed": 0,
             "threads": arguments.threads,
+            "neighbour": arguments.neighbour,
             "prompt": NUM_PROMPT,
             "long_prompt": NUM_LONG_PROMPT,
             "new": NUM_NEW,
