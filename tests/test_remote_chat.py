@@ -114,7 +114,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(server):
     before = server.num_aborted
     command = [sys.executable, "-m", "nanovllm", "chat", "--url", server.url]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as process:
+    # A shell's background job ignores the signal, and so would its children.
+    listen = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, text=True, **pipes, **listen) as process:
         process.stdin.write("slow\n")
         process.stdin.flush()
         assert process.stdout.read(6) == "word0 "
