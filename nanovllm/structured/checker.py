@@ -120,14 +120,15 @@ class GrammarChecker:
         command = child_command("nanovllm.structured.worker")
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         worker = self._worker = _Worker(process, process.stdout.fileno())  # type: ignore[union-attr]
+        cause = None
         try:
             worker.send(self._model)
             if worker.receive(START_TIMEOUT) == {"ready": True}:
                 return worker
-        except (EOFError, OSError):
-            pass
+        except (EOFError, OSError) as error:
+            cause = error
         self._stop()
-        raise RuntimeError("the process that compiles grammars did not start")
+        raise RuntimeError("the process that compiles grammars did not start") from cause
 
     def _stop(self) -> None:
         if self._worker is not None:
