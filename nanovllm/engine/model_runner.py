@@ -23,11 +23,11 @@ from nanovllm.kernels.upload import upload
 from nanovllm.models.decoder import Decoder
 from nanovllm.runner.cuda_graphs import CudaGraphs, StepTensors
 from nanovllm.runner.inputs import StepInputs, build_inputs
-from nanovllm.runner.pending import PendingStep, send_to_host
+from nanovllm.runner.pending import PendingStep
 from nanovllm.runner.pooling import PromptPooling
 from nanovllm.runner.state import RowState
 from nanovllm.sampling.logprobs import BatchLogprobs, prompt_logprobs
-from nanovllm.sampling.sampler import Sampler
+from nanovllm.sampling.sampler import SampledTokens, Sampler
 
 MAX_LOGIT_ROWS = 256  # prompt positions projected at a time when prompt log-probabilities are asked for
 
@@ -105,18 +105,26 @@ class ModelRunner:
         """Project and draw for the chunks that reach their sequence's end, and only for those."""
         chunks = batch.sampled_chunks
         if not chunks:
-            return PendingStep(batch.step, torch.empty(0, dtype=torch.int64))
+            return PendingStep(batch.step)
         if len(chunks) < len(hidden):
             hidden = hidden.index_select(0, inputs.last_tokens(chunks)[0])  # [num_samples, hidden_size]
         logits = self.model.compute_logits(hidden)  # [num_samples, vocab_size]
         return self._draw(batch, logits)
 
     def _draw(self, batch: ScheduledBatch, logits: Tensor) -> PendingStep:
+        """Draw now; under grammars, which must have read the tokens before, when `PendingStep.draw` is called."""
+        pending = PendingStep(batch.step, held=lambda: self._draw_tokens(batch, logits))
+        if not batch.matchers:
+            pending.draw()
+        return pending
+
+    @torch.inference_mode()
+    def _draw_tokens(self, batch: ScheduledBatch, logits: Tensor) -> SampledTokens:
         rows, positions = _sampled_places(batch)
         sampled = self.sampler.sample(logits, rows, positions, self.state.token_ids, batch.matchers)
         device = logits.device
         self.state.write_sampled(upload(rows, device), upload(positions, device), sampled.token_ids)
-        return send_to_host(batch.step, sampled.token_ids, sampled.logprobs)
+        return sampled
 
     # --- the same step as one graph
 
@@ -160,7 +168,7 @@ class ModelRunner:
         if replayed is None:
             return None
         logits, token_ids = replayed
-        return send_to_host(batch.step, token_ids) if is_plain and not batch.matchers else self._draw(batch, logits)
+        return self._draw(batch, logits) if batch.matchers or not is_plain else PendingStep(batch.step).send(token_ids)
 
     def _score_prompts(self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor) -> dict[int, list[BatchLogprobs]]:
         """Log-probabilities of the prompt tokens that follow each computed position, for the rows that asked."""

@@ -105,6 +105,8 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """The next step's batch; None when nothing can be computed before more results are applied."""
+        if len(self._in_flight) > 1 and self._in_flight[-1].batch.matchers:
+            return None  # that step draws when the next one is dispatched; its grammars must have read the tokens before
         plan = _Plan(ScheduledBatch(self._num_steps), self.limits.max_num_batched_tokens)
         if self.policy.decodes_may_wait(self._num_steps_decodes_waited):
             self._continue_running(plan, prompts_only=True)

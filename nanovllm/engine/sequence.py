@@ -88,6 +88,4 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens that a step could compute now. The last token that fits is never fed back: nothing would follow it."""
-        if self.num_pending_tokens and self.matcher is not None:
-            return 0  # which token may come next depends on the one that is under way
         return min(len(self.token_ids) + self.num_pending_tokens, self.max_num_tokens - 1) - self.num_computed_tokens

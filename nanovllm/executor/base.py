@@ -9,7 +9,11 @@ from nanovllm.engine.batch import ScheduledBatch, StepResult
 
 class Executor(Protocol):
     def dispatch(self, batch: ScheduledBatch) -> None:
-        """Start one step; do not wait for it. Steps run in the order of dispatch."""
+        """Start one step; do not wait for it. Steps run in the order of dispatch.
+
+        A step with matchers draws its tokens when the next one is dispatched or its own result is collected: by then the
+        caller has collected all results before it, and shown them to the matchers. The forward pass runs meanwhile.
+        """
         ...
 
     def collect(self) -> StepResult:

@@ -16,6 +16,8 @@ class InProcessExecutor:
     def dispatch(self, batch: ScheduledBatch) -> None:
         if self.runner is None:
             raise RuntimeError("the executor was closed")
+        if self._in_flight:
+            self._in_flight[-1].draw()
         self._in_flight.append(self.runner.run(batch))
 
     def collect(self) -> StepResult:

@@ -14,6 +14,7 @@ from torch import Tensor
 from nanovllm.kernels.triton_language import tl, triton
 
 TILE = 2048  # tokens; with 4 warps, measured on an H200
+FORBIDDEN = tl.constexpr(-1e20)  # as in sampling/penalties.py
 
 
 def draw_tokens(
@@ -29,24 +30,52 @@ def draw_tokens(
 
     logits: [S, V]; inverse_temperature: [S] float32; keys, rows, positions: [S] int32.
     """
+    _draw(logits, inverse_temperature, keys, None, None, token_ids, (rows, positions, token_table))
+
+
+def draw_allowed_tokens(logits: Tensor, inverse_temperature: Tensor, keys: Tensor, masks: Tensor, mask_lines: Tensor) -> Tensor:
+    """The same under grammars: [S] int64, of tokens whose bit is set in the sample's mask.
+
+    masks: [m, num_mask_words] int32, token t is bit t % 32 of word t // 32; mask_lines: [S] int32, -1 without a mask.
+    """
+    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    _draw(logits, inverse_temperature, keys, masks, mask_lines, token_ids, (None, None, None))
+    return token_ids
+
+
+def _draw(
+    logits: Tensor,
+    inverse_temperature: Tensor,
+    keys: Tensor,
+    masks: Tensor | None,
+    mask_lines: Tensor | None,
+    token_ids: Tensor,
+    places: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
     num_samples, vocab_size = logits.shape
     num_tiles = triton.cdiv(vocab_size, TILE)
     best = torch.empty(num_samples, num_tiles, dtype=torch.float32, device=logits.device)
     best_id = torch.empty(num_samples, num_tiles, dtype=torch.int32, device=logits.device)
     _reduce_tile_kernel[(num_samples, num_tiles)](
-        logits, inverse_temperature, keys, best, best_id, logits.stride(0), vocab_size, num_tiles, TILE, num_warps=4
-    )
-    _reduce_row_kernel[(num_samples,)](
+        logits,
+        inverse_temperature,
+        keys,
+        masks,
+        mask_lines,
         best,
         best_id,
-        rows,
-        positions,
-        token_table,
-        token_ids,
-        token_table.stride(0),
+        logits.stride(0),
+        0 if masks is None else masks.stride(0),
+        vocab_size,
         num_tiles,
-        triton.next_power_of_2(num_tiles),
-        num_warps=1,
+        TILE,
+        num_warps=4,
+    )
+    rows, positions, token_table = places
+    table_stride = 0 if token_table is None else token_table.stride(0)
+    num_tiles_padded = triton.next_power_of_2(num_tiles)
+    _reduce_row_kernel[(num_samples,)](
+        best, best_id, rows, positions, token_table, token_ids, table_stride, num_tiles, num_tiles_padded, num_warps=1
     )
 
 
@@ -62,12 +91,30 @@ def _mix(x):
 
 @triton.jit
 def _reduce_tile_kernel(
-    logits_ptr, inverse_temperature_ptr, key_ptr, best_ptr, best_id_ptr, stride, vocab_size, num_tiles, TILE: tl.constexpr
+    logits_ptr,
+    inverse_temperature_ptr,
+    key_ptr,
+    mask_ptr,
+    mask_line_ptr,
+    best_ptr,
+    best_id_ptr,
+    stride,
+    mask_stride,
+    vocab_size,
+    num_tiles,
+    TILE: tl.constexpr,
 ):
     sample, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
-    score = tl.load(logits_ptr + sample * stride + token, token < vocab_size, other=float("-inf")).to(tl.float32)
-    score = tl.where(score == score, score, float("inf"))  # NaN wins, and is then found out
+    logit = tl.load(logits_ptr + sample * stride + token, token < vocab_size, other=float("-inf")).to(tl.float32)
+    score = logit
+    if mask_ptr is not None:
+        line = tl.load(mask_line_ptr + sample).to(tl.int64)
+        if line >= 0:
+            words = tl.load(mask_ptr + line * mask_stride + token // 32, token < vocab_size, other=0)
+            lowest = tl.maximum(logit, FORBIDDEN)  # above the rest even if the model says -inf
+            score = tl.where((words >> (token % 32)) & 1 != 0, lowest, float("-inf"))
+    score = tl.where(logit == logit, score, float("inf"))  # NaN wins, and is then found out
     inverse_temperature = tl.load(inverse_temperature_ptr + sample)
     if inverse_temperature > 0.0:
         score = score_of(score * inverse_temperature, draw_bits(token, tl.load(key_ptr + sample).to(tl.uint32, bitcast=True)))
@@ -108,5 +155,6 @@ def _reduce_row_kernel(
     winner = tl.min(tl.where(score == best, token, 2147483647), 0)
     is_finite = (best > float("-inf")) & (best < float("inf"))
     tl.store(token_ptr + sample, tl.where(is_finite, winner, -1).to(tl.int64))
-    row, position = tl.load(row_ptr + sample).to(tl.int64), tl.load(position_ptr + sample)
-    tl.store(table_ptr + row * table_stride + position, tl.where(is_finite, winner, 0))
+    if table_ptr is not None:
+        row, position = tl.load(row_ptr + sample).to(tl.int64), tl.load(position_ptr + sample)
+        tl.store(table_ptr + row * table_stride + position, tl.where(is_finite, winner, 0))

@@ -212,7 +212,6 @@ def _birth_of(sequence: Sequence) -> dict[str, Any]:
         "max_num_tokens": sequence.max_num_tokens,
         "priority": sequence.priority,
         "arrival_time": sequence.arrival_time,
-        "has_matcher": sequence.matcher is not None,
         "reads_whole_prompt": sequence.sampling.reads_whole_prompt,
         "sibling": None if sequence.sibling is None else sequence.sibling.seq_id,
     }

@@ -183,7 +183,6 @@ class Replay:
             priority=birth["priority"],
             arrival_time=birth["arrival_time"],
             sibling=self.sequences.get(birth["sibling"]) if birth["sibling"] is not None else None,
-            matcher=_AnyToken() if birth["has_matcher"] else None,  # type: ignore[arg-type]
             token_ids=[self._token(seq_id, position) for position in range(num_tokens)],
         )
         return sequence
@@ -253,15 +252,6 @@ class _Identity:
     def __call__(self, previous: int, token_bytes: bytes) -> int:
         number = int.from_bytes(token_bytes[-4:], "little")
         return number or next(self._others)
-
-
-class _AnyToken:
-    """A matcher that lets everything pass: where it ends is in the record."""
-
-    error = None
-
-    def accept(self, token_id: int) -> str | None:
-        return None
 
 
 _NO_SAMPLING = RowSampling(SamplingParams(), 0, (), (), 0)

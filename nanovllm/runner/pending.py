@@ -1,7 +1,9 @@
-"""PendingStep: a step whose results may still be on their way to the host."""
+"""PendingStep: a step whose results may still be on their way to the host, or are not drawn yet."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,20 +13,43 @@ from torch import Tensor
 from nanovllm.engine.batch import StepResult
 from nanovllm.outputs import PositionLogprobs
 from nanovllm.sampling.logprobs import BatchLogprobs
+from nanovllm.sampling.sampler import SampledTokens
+
+NOTHING = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(slots=True)
 class PendingStep:
     step: int
-    token_ids: Tensor  # [num_samples] int64, on the host or on its way there
+    held: Callable[[], SampledTokens] | None = None  # the draw, which waits for what its grammars must read first
+    token_ids: Tensor = NOTHING  # [num_samples] int64, on the host or on its way there
     logprobs: BatchLogprobs | None = None
     arrived: Any = None  # None: it is there
     prompt_logprobs: dict[int, list[BatchLogprobs]] = field(default_factory=dict)
     embeddings: dict[int, Tensor] = field(default_factory=dict)
     forward_ns: int = 0
 
+    def draw(self) -> None:
+        """Start the draw, if it is still to come. Every token before this step must have been shown to its matchers."""
+        if self.held is not None:
+            started = time.perf_counter_ns()
+            held, self.held = self.held, None
+            self.send(*held())
+            self.forward_ns += time.perf_counter_ns() - started
+
+    def send(self, token_ids: Tensor, logprobs: BatchLogprobs | None = None) -> PendingStep:
+        """Start the copy of the drawn tokens to the host. Waits for nothing."""
+        self.token_ids, self.logprobs = token_ids, logprobs
+        if token_ids.is_cuda:
+            self.token_ids = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+            self.token_ids.copy_(token_ids, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+        return self
+
     def result(self) -> StepResult:
         """Wait for the device, and bring everything to the host."""
+        self.draw()
         if self.arrived is not None:
             self.arrived.synchronize()
         return StepResult(
@@ -35,17 +60,6 @@ class PendingStep:
             embeddings={chunk: vector.tolist() for chunk, vector in self.embeddings.items()},
             forward_ns=self.forward_ns,
         )
-
-
-def send_to_host(step: int, token_ids: Tensor, logprobs: BatchLogprobs | None = None) -> PendingStep:
-    """Start the copy of a step's tokens. Waits for nothing."""
-    if not token_ids.is_cuda:
-        return PendingStep(step, token_ids, logprobs)
-    on_host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-    on_host.copy_(token_ids, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return PendingStep(step, on_host, logprobs, arrived)
 
 
 def _to_host(parts: list[BatchLogprobs]) -> list[PositionLogprobs]:

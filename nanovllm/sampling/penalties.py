@@ -7,7 +7,7 @@ because the latest may not have reached the host. The draw is in `sampler.py`; k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nanovllm.engine.batch import RowSampling
 from nanovllm.kernels.upload import upload
-from nanovllm.structured.base import Matcher, Matchers, num_mask_words
+from nanovllm.structured.base import Matchers, num_mask_words
+from nanovllm.structured.fill import fill_masks
 
 # Not -inf: masks that contradict each other (say min_tokens, and allowed_token_ids that are all stop tokens) leave the
 # allowed tokens equal to each other, and still above the rest. Any finite logit vanishes beside it in float32.
@@ -210,7 +211,7 @@ def grammar_masks(matchers: Matchers, vocab_size: int, device: torch.device) -> 
     Comes last and forbids for good: where nothing that is allowed is left, the allowed tokens are equal to each other.
     """
     lines = upload(list(matchers), device)  # [m]
-    allowed = _unpack(fill_masks(matchers.values(), vocab_size), vocab_size, device)
+    allowed = _unpack(masks_of(matchers, vocab_size, device), vocab_size)
     ceiling = allowed.float().sub_(0.5).mul_(torch.inf)  # [m, vocab]: inf or -inf; minimum() is faster than masked_fill()
 
     def keep_in_grammar(batch: EditedLogits) -> None:
@@ -220,21 +221,18 @@ def grammar_masks(matchers: Matchers, vocab_size: int, device: torch.device) -> 
     return keep_in_grammar
 
 
-def fill_masks(matchers: Iterable[Matcher], vocab_size: int) -> np.ndarray:
-    """[number of matchers, num_mask_words] int32; a set bit is an allowed token."""
-    matchers = list(matchers)
-    masks = np.zeros((len(matchers), num_mask_words(vocab_size)), dtype=np.int32)
-    for matcher, mask in zip(matchers, masks):
-        matcher.fill_mask(mask)
-    return masks
+def masks_of(matchers: Matchers, vocab_size: int, device: torch.device) -> Tensor:
+    """[m, num_mask_words] int32; a set bit is an allowed token. A device gets bits: bytes would be 8 times the copy."""
+    masks = torch.zeros(len(matchers), num_mask_words(vocab_size), dtype=torch.int32, pin_memory=device.type == "cuda")
+    fill_masks(list(matchers.values()), masks.numpy())
+    return masks.to(device, non_blocking=True)
 
 
-def _unpack(masks: np.ndarray, vocab_size: int, device: torch.device) -> Tensor:
-    """[m, ceil(vocab / 32)] int32 to [m, vocab] of 0 and 1. A device gets bits, because bytes would be 8 times the copy."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.unpackbits(masks.view(np.uint8), axis=1, count=vocab_size, bitorder="little"))
-    words = upload(masks, device)
-    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1  # [m, ceil(vocab / 32), 32]
+def _unpack(masks: Tensor, vocab_size: int) -> Tensor:
+    """[m, ceil(vocab / 32)] int32 to [m, vocab] of 0 and 1."""
+    if masks.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(masks.numpy().view(np.uint8), axis=1, count=vocab_size, bitorder="little"))
+    bits = (masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=masks.device)) & 1  # [m, words, 32]
     return bits.flatten(1)[:, :vocab_size]
 
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.batch import RowSampling
+from nanovllm.kernels.triton_language import use_kernel
 from nanovllm.kernels.upload import upload
 from nanovllm.sampling import filters
-from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, build_groups, draw, limits_of
+from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, build_groups, draw, draw_allowed, limits_of, warm_up
 from nanovllm.sampling.gumbel import draw_keys, stream_of, token_hashes
 from nanovllm.sampling.logprobs import BatchLogprobs, sampled_logprobs
 from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits, grammar_masks
-from nanovllm.sampling_params import SamplingParams
 from nanovllm.structured.base import Matchers
 
 # One line per row, so that the operands of a batch are one indexing away. num_logprobs is -1 for none.
@@ -72,12 +72,7 @@ class Sampler:
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile the kernels that only some requests need."""
-        logits = torch.zeros(1, self._vocab_size, dtype=dtype, device=self._device)
-        for min_p in (0.0, 0.1):
-            limits = np.array([limits_of(SamplingParams(top_p=0.9, min_p=min_p), self._vocab_size)], dtype=np.dtype(LIMITS))
-            group = build_groups(limits, self._device)[0]
-            for scores in (logits, logits.float()):  # edited logits may be float32
-                draw(scores, group, self._hashes, torch.zeros(1, dtype=torch.int32, device=self._device))
+        warm_up(self._vocab_size, dtype, self._hashes)
 
     def sample(
         self, logits: Tensor, rows: list[int], positions: list[int], token_table: Tensor, matchers: Matchers | None = None
@@ -88,6 +83,10 @@ class Sampler:
         before it are `token_table[rows[i], :positions[i]]`, of [max_num_seqs, max_model_len + 1] int32. `matchers[i]`,
         if there, is the grammar that sample i follows.
         """
+        if matchers and use_kernel("draw_token", logits):
+            inverse_temperature, keys, is_plain = self.plain_operands(rows, positions)
+            if is_plain:
+                return SampledTokens(draw_allowed(logits, inverse_temperature, keys, matchers), None)
         plan = self._plan_for(rows)
         edits = [*plan.edits, grammar_masks(matchers, logits.shape[-1], self._device)] if matchers else plan.edits
         scores = apply_edits(edits, logits, positions, token_table) if edits else logits

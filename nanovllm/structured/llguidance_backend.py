@@ -36,6 +36,7 @@ JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 class LLGuidanceMatcher:
     def __init__(self, inner: Any, end_token_ids: Sequence[int], can_end_early: bool, budget: MaskBudget) -> None:
         self.error: str | None = None
+        self._is_complete = False
         self._inner = inner
         self._end_token_ids = end_token_ids
         self._can_end_early = can_end_early
@@ -49,6 +50,9 @@ class LLGuidanceMatcher:
         self._fail("it is too ambiguous: finding the next tokens takes too long")
 
     def fill_mask(self, mask: np.ndarray) -> None:
+        if self._is_complete or self.error is not None:  # a step in flight still draws for it, and nobody reads the token
+            self._add_ends(mask)
+            return
         started = time.thread_time()
         try:
             self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
@@ -68,11 +72,13 @@ class LLGuidanceMatcher:
         if self.error is not None:
             return "error"
         if token_id in self._end_token_ids and self._inner.is_accepting():
-            return "stop"
-        if not self._inner.consume_token(token_id):
+            self._is_complete = True
+        elif not self._inner.consume_token(token_id):
             self._fail(_first_part(self._inner.get_error()))
             return "error"
-        return "stop" if self._inner.is_stopped() else None
+        else:
+            self._is_complete = self._inner.is_stopped()
+        return "stop" if self._is_complete else None
 
     def _check(self, mask: np.ndarray) -> None:
         if self._inner.is_error():

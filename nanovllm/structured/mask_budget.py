@@ -8,6 +8,7 @@ sequences there are; and an ordinary mask is never charged. Knows no grammar.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -24,24 +25,26 @@ class Spender(Protocol):
 
 
 class MaskBudget:
-    """Used by the thread that drives the engine."""
+    """Of one engine; threads may charge it at once."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._seconds_left, self._time = SECONDS_AT_ONCE, clock()
         self._spent: WeakKeyDictionary[Spender, float] = WeakKeyDictionary()
+        self._lock = threading.Lock()
 
     def charge(self, spender: Spender, seconds: float) -> None:
         """`spender` has taken `seconds` for a mask. May call `give_up`, of this one or of another."""
         excess = seconds - FREE_SECONDS
         if excess <= 0:
             return
-        now = self._clock()
-        refilled = self._seconds_left + SHARE_OF_TIME * (now - self._time)
-        self._seconds_left, self._time = min(SECONDS_AT_ONCE, refilled) - excess, now
-        self._spent[spender] = self._spent.get(spender, 0.0) + excess
-        if self._seconds_left < 0:
-            slowest = max(self._spent, key=lambda one: self._spent[one])
-            del self._spent[slowest]
-            self._seconds_left = SECONDS_PER_ENDED
-            slowest.give_up()
+        with self._lock:
+            now = self._clock()
+            refilled = self._seconds_left + SHARE_OF_TIME * (now - self._time)
+            self._seconds_left, self._time = min(SECONDS_AT_ONCE, refilled) - excess, now
+            self._spent[spender] = self._spent.get(spender, 0.0) + excess
+            if self._seconds_left < 0:
+                slowest = max(self._spent, key=lambda one: self._spent[one])
+                del self._spent[slowest]
+                self._seconds_left = SECONDS_PER_ENDED
+                slowest.give_up()

@@ -166,9 +166,9 @@ def test_grammars_in_a_captured_step_give_the_tokens_of_the_eager_one():
     ruled = SamplingParams(temperature=0, max_tokens=30, structured=StructuredOutput("json_object"))
     params = [ruled if i % 2 else GREEDY[i] for i in range(len(PROMPTS))]
     outputs = []
-    for eager in (False, True):
-        engine = make(enforce_eager=eager)
+    for eager, steps_ahead in ((False, 1), (True, 1), (False, 0), (False, 2)):
+        engine = make(enforce_eager=eager, num_steps_ahead=steps_ahead)
         engine._door._grammar = EveryThird()
         outputs.append(run(engine, params=params))
-    assert outputs[0] == outputs[1]
+    assert outputs[0] == outputs[1] == outputs[2] == outputs[3]
     assert outputs[0][0] == run(make())[0], "a neighbour with a grammar changes nothing"

@@ -14,7 +14,7 @@ from nanovllm.attention.torch_reference import TorchAttention
 from nanovllm.attention.triton_paged import TritonAttention
 from nanovllm.kernels import activation, one_token, rms_norm
 from nanovllm.kernels.compiles import watch_compiles
-from nanovllm.kernels.draw_token import draw_tokens
+from nanovllm.kernels.draw_token import draw_allowed_tokens, draw_tokens
 from nanovllm.kernels.draw_top_p import draw_within_top_p
 from nanovllm.kernels.gather_inputs import gather_inputs
 from nanovllm.sampling import filters
@@ -186,6 +186,40 @@ class TestSampling:
         assert all(best[i] - scores[i, tokens[i]] < 1e-5 for i in differs.nonzero()[:, 0]), "only rounding may decide otherwise"
         assert differs.sum() <= 1
         assert torch.equal(table[rows.long(), where.long()], tokens.int())
+
+    @pytest.mark.parametrize(("vocab_size", "share"), [(50, 0.5), (4096, 0.01), (49_157, 0.9), (151_936, 0.001)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_grammars_leave_the_noise_and_forbid_the_rest(self, device, dtype, vocab_size, share):
+        num_samples, generator = 32, np.random.default_rng(vocab_size)
+        logits = (torch.randn(num_samples, vocab_size, device=device) * 3).to(dtype)
+        inverse = torch.tensor([0.0, 1.0, 0.5, 1.6] * 8, device=device)
+        keys = torch.from_numpy(generator.integers(-(2**31), 2**31, num_samples, dtype=np.int32)).to(device)
+        allowed = generator.random((num_samples, vocab_size)) < share
+        allowed[:, 17] = True
+        padded = np.zeros((num_samples, -(-vocab_size // 32) * 32), dtype=np.uint8)
+        padded[:, :vocab_size] = allowed
+        masks = torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32)[::-1].copy()).to(device)
+        lines = torch.arange(num_samples - 1, -1, -1, dtype=torch.int32)
+        lines[5], lines[8] = -1, -1
+        allowed[5], allowed[8] = True, True
+        tokens = draw_allowed_tokens(logits, inverse, keys, masks, lines.to(device))
+        edited = logits.float().masked_fill(~torch.from_numpy(allowed).to(device), -torch.inf)
+        table = torch.zeros(num_samples, 4, dtype=torch.int32, device=device)
+        rows = torch.arange(num_samples, dtype=torch.int32, device=device)
+        expected = torch.zeros_like(tokens)
+        draw_tokens(edited, inverse, keys, rows, torch.zeros_like(rows), table, expected)
+        assert torch.equal(tokens, expected)
+
+    def test_grammars_and_logits_that_are_not_finite(self, device):
+        logits = torch.zeros(4, 5000, device=device)
+        logits[0], logits[1, 7], logits[2, 4000] = -math.inf, math.nan, math.inf
+        logits[3, 4000] = math.inf
+        masks = torch.zeros(1, 157, dtype=torch.int32, device=device)
+        masks[0, 1] = 0b1000  # token 35
+        ones, zeros = torch.ones(4, device=device), torch.zeros(4, dtype=torch.int32, device=device)
+        lines = torch.tensor([0, 0, 0, -1], dtype=torch.int32, device=device)
+        tokens = draw_allowed_tokens(logits, ones, zeros, masks, lines)
+        assert tokens.tolist() == [35, -1, 35, -1], "the only token that fits wins even where the model says never"
 
     @pytest.mark.parametrize("temperature", [0.0, 0.7])
     def test_what_is_not_finite_is_no_token(self, device, temperature):

@@ -19,8 +19,9 @@ from test_tokenizer import byte_level_backend, sentencepiece_backend, unigram_ba
 
 from nanovllm import StructuredOutput
 from nanovllm.errors import InvalidGrammar
-from nanovllm.sampling.penalties import fill_masks
 from nanovllm.structured import llguidance_backend, mask_budget
+from nanovllm.structured.base import num_mask_words
+from nanovllm.structured.fill import fill_masks
 from nanovllm.structured.llguidance_backend import LLGuidanceGrammar, LLGuidanceMatcher
 from nanovllm.structured.mask_budget import FREE_SECONDS, SECONDS_AT_ONCE, SECONDS_PER_ENDED, MaskBudget
 from nanovllm.tokenizer import Tokenizer
@@ -185,7 +186,7 @@ def test_nothing_allowed_is_an_error(byte_level):
             return False
 
     matcher = LLGuidanceMatcher(Silent(), [byte_level.end], True, MaskBudget())
-    fill_masks([matcher], byte_level.vocab_size)
+    matcher.fill_mask(np.zeros(num_mask_words(byte_level.vocab_size), np.int32))
     assert matcher.accept(3) == "error" and matcher.error == "no token fits here"
 
 
@@ -200,7 +201,7 @@ def test_grammars_that_get_slower_and_slower_are_ended_and_cost_a_step_so_much_h
     longest, started = 0.0, time.thread_time()
     while running := [matcher for matcher in slow if matcher.error is None]:
         before = time.thread_time()
-        fill_masks([*running, fast], model.vocab_size)
+        fill_masks([*running, fast], np.zeros((len(running) + 1, num_mask_words(model.vocab_size)), np.int32))
         longest = max(longest, time.thread_time() - before)
         assert fast.accept(a) is None
         for matcher in running:
