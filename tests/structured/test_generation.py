@@ -56,6 +56,27 @@ def test_texts_validate_against_their_schemas(llm):
     assert num_ended >= len(cases) - 1
 
 
+@pytest.mark.parametrize("num_steps_ahead", [1, 2])
+def test_steps_ahead_change_no_token(llm, num_steps_ahead):
+    """Requests with grammars of several lengths, others beside them, and fewer rows than requests."""
+    forms = [
+        StructuredOutput("json_schema", PERSON),
+        None,
+        StructuredOutput("regex", "[a-z]{3,9}"),
+        StructuredOutput("choice", ["yes", "no"]),
+    ]
+    params = [
+        SamplingParams(temperature=t, seed=5, max_tokens=20 + 3 * i, structured=form)
+        for t in (0, 1)
+        for i, form in enumerate(forms)
+    ]
+    prompts = [prompt(llm, f"Say something, number {i}.") for i in range(len(params))]
+    expected = [output.token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+    with make_llm(num_steps_ahead=num_steps_ahead, max_num_seqs=5, max_num_batched_tokens=64) as ahead:
+        assert [output.token_ids for output in ahead.generate(prompts, params, use_tqdm=False)] == expected
+        assert_nothing_is_held(ahead.engine)
+
+
 @pytest.mark.parametrize(
     ("structured", "fits"),
     [
