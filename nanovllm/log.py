@@ -45,12 +45,22 @@ def show_log_unless_configured() -> None:
 FORMAT_VARIABLE = "NANOVLLM_LOG_FORMAT"  # "text" or "json"; processes that this one starts inherit it
 
 
+class Fields(dict[str, object]):
+    """A message that is an object: among JSON lines it is the line, in text it is written as JSON. Encoded once, in either."""
+
+    def __str__(self) -> str:
+        return json.dumps(self, separators=(",", ":"))
+
+
 class JsonLines(logging.Formatter):
-    """One object a line: time (seconds since 1970), level and message; or, for a line of the access log, its fields."""
+    """One object a line: time (seconds since 1970), level and message; or the fields of `Fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, "fields", None) or {"time": round(record.created, 3), "message": record.getMessage()}
-        line = {"level": record.levelname, **fields}
+        line: dict[str, object] = {"level": record.levelname}
+        if isinstance(record.msg, Fields):
+            line |= record.msg
+        else:
+            line |= {"time": round(record.created, 3), "message": record.getMessage()}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)

@@ -95,6 +95,7 @@ def _add_server_options(verb: argparse.ArgumentParser) -> None:
         help="prompts as token ids (ids), as words t1 t2 ... (words), or as a chat message of words (chat)",
     )
     verb.add_argument("--max-concurrency", type=int, help="requests in flight (default: no limit)")
+    verb.add_argument("--client-processes", type=int, default=1, metavar="N", help="that send the requests (default: 1)")
     verb.add_argument("--timeout", type=float, default=600.0, help="seconds of one request (default: 600)")
     verb.add_argument("--retries", type=int, default=0, help="of a request that was refused or cut off (default: 0)")
     verb.add_argument("--retry-budget", type=float, default=0.2, help="retries per request, over all requests (default: 0.2)")
@@ -153,6 +154,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         arguments.timeout,
         arguments.extra_body,
         RetryPolicy(max_retries=arguments.retries, budget=arguments.retry_budget),
+        arguments.client_processes,
     )
     name = arguments.record or "run"
     sides = [(name, target)]

@@ -34,12 +34,17 @@ class Target:
     timeout_s: float = 600.0  # of one request
     extra_body: dict[str, Any] = field(default_factory=dict)  # more fields of every request
     retries: RetryPolicy = RetryPolicy()  # noqa: RUF009  frozen; none: so that figures tell of the server alone
+    client_processes: int = 1  # that send: see `clients.py`
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise ConfigError(f"form={self.form!r} must be one of {', '.join(FORMS)}")
         if self.max_concurrency is not None and self.max_concurrency < 1:
             raise ConfigError(f"max_concurrency={self.max_concurrency} must be at least 1")
+        if self.client_processes < 1:
+            raise ConfigError(f"client_processes={self.client_processes} must be at least 1")
+        if self.max_concurrency is not None and self.max_concurrency < self.client_processes:
+            raise ConfigError(f"max_concurrency={self.max_concurrency} cannot be shared by {self.client_processes} processes")
 
     def endpoint(self) -> Endpoint:
         return Endpoint(self.url, "/v1/chat/completions" if self.form == "chat" else "/v1/completions", self.api_key)
@@ -96,29 +101,48 @@ async def find_model(url: str, api_key: str | None) -> tuple[str, int | None]:
         raise ConfigError(f"{url}/v1/models does not name a model: {error!r}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one process sends: all of a workload, or its share. `after` of a request is a place in `requests`."""
+
+    target: Target
+    repeat: int
+    temperature: float
+    requests: list[Request]
+    indices: list[int]  # of the requests, in the workload
+
+    def bodies(self) -> list[bytes]:
+        return [json.dumps(self.target.body(request, self.temperature)).encode() for request in self.requests]
+
+
 async def send_workload(target: Target, workload: Workload, repeat: int = 0) -> tuple[list[Row], float]:
-    """(a row per request, seconds from the first request to the last answer)."""
-    endpoint = target.endpoint()
-    bodies = [json.dumps(target.body(request, workload.temperature)).encode() for request in workload.requests]
+    """By this process: (a row per request, seconds from the first request to the last answer)."""
+    part = Part(target, repeat, workload.temperature, workload.requests, list(range(len(workload.requests))))
+    bodies = part.bodies()
+    start = time.perf_counter()
+    return await send_part(part, bodies, start), time.perf_counter() - start
+
+
+async def send_part(part: Part, bodies: list[bytes], start: float) -> list[Row]:
+    """`start`: of the repeat, by `time.perf_counter`; it may be still to come."""
+    target, endpoint = part.target, part.target.endpoint()
     ended = [asyncio.Event() for _ in bodies]
     gate = asyncio.Semaphore(target.max_concurrency or len(bodies))
     retrier = Retrier(target.retries)
-    start = time.perf_counter()
 
-    async def send(index: int) -> Row:
-        request = workload.requests[index]
+    async def send(place: int) -> Row:
+        request = part.requests[place]
         due = start + request.arrival_s
         if request.after is not None:
             await ended[request.after].wait()
             due = time.perf_counter() + request.arrival_s
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         async with gate:
-            exchange = await _persist(endpoint, bodies[index], target.timeout_s, retrier)
-        ended[index].set()
-        return _row(repeat, index, request, exchange, start, due)
+            exchange = await _persist(endpoint, bodies[place], target.timeout_s, retrier)
+        ended[place].set()
+        return _row(part.repeat, part.indices[place], request, exchange, start, due)
 
-    rows = await asyncio.gather(*(send(index) for index in range(len(bodies))))
-    return rows, time.perf_counter() - start
+    return await asyncio.gather(*(send(place) for place in range(len(bodies))))
 
 
 async def _persist(endpoint: Endpoint, body: bytes, timeout_s: float, retrier: Retrier) -> Exchange:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.bench.check import SCHEMA
-from nanovllm.bench.load import Row, Target, find_model, send_workload
+from nanovllm.bench.clients import send
+from nanovllm.bench.load import Row, Target, find_model
 from nanovllm.bench.record import command_line, write_record
 from nanovllm.bench.results import Slo, by_tenant, result_table, summarize_repeat
 from nanovllm.bench.workloads import Workload, shifted
@@ -119,12 +120,12 @@ async def measure(plan: Plan, sides: Sequence[Side], tell: Callable[[str], None]
     runs = [Run(plan) for _ in sides]
     for side, run in zip(sides, runs):
         for number in range(plan.warmup_repeats):
-            _, seconds = await send_workload(side.target, plan.part(-1 - number))
+            _, seconds = await send(side.target, plan.part(-1 - number))
             run.warmup_s.append(round(seconds, 3))
     for place, which in enumerate(turns(plan.repeats, len(sides))):
         run = runs[which]
         repeat = len(run.seconds)
-        rows, seconds = await send_workload(sides[which].target, plan.part(repeat), repeat)
+        rows, seconds = await send(sides[which].target, plan.part(repeat), repeat)
         run.order.append(place)
         tell(describe_repeat(f"{sides[which].name} {repeat + 1}/{plan.repeats}", run.add(rows, seconds)))
     return runs
@@ -151,6 +152,8 @@ def write_serve_record(side: Side, run: Run, note: str, folder: Path) -> Path:
     target = side.target
     sending = {"form": target.form, "max_concurrency": target.max_concurrency, "extra_body": target.extra_body}
     more: dict[str, Any] = {}
+    if target.client_processes > 1:
+        sending["client_processes"] = target.client_processes
     if target.retries.max_retries:
         sending["retries"] = asdict(target.retries)
         more["num_retries"] = sum(row.num_retries for row in run.rows)

@@ -21,12 +21,12 @@ from collections.abc import Iterable
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from starlette.datastructures import Headers, State
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Router
 
+from nanovllm.log import Fields
 from nanovllm.server.auth import Authentication, Keyring
 from nanovllm.server.context import Server
 from nanovllm.server.errors import ClientGone, HttpError, Unavailable, as_http_error, encoded_error
@@ -160,19 +160,19 @@ class Gate:
         if not self.server.options.access_log or not access_log.isEnabledFor(logging.INFO):
             return
         state = scope["state"]
-        line = {
-            "time": round(time.time(), 3),
-            "id": state["request_id"],
-            "key": state["key"].name if "key" in state else None,
-            "method": scope["method"],
-            "path": scope["path"][:200],
-            "status": status,
-            "seconds": round(time.monotonic() - state["arrived"], 4),
-        }
+        line = Fields(
+            time=round(time.time(), 3),
+            id=state["request_id"],
+            key=state["key"].name if "key" in state else None,
+            method=scope["method"],
+            path=scope["path"][:200],
+            status=status,
+            seconds=round(time.monotonic() - state["arrived"], 4),
+        )
         records = state.get("records", ())
         if records:
             line["completions"] = [record.describe() for record in records[:16]]
-        access_log.info("%s", msgspec.json.encode(line).decode(), extra={"fields": line})
+        access_log.info(line)
 
 
 class Answering:

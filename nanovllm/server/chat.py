@@ -253,7 +253,6 @@ def _without_index(calls: list[ToolCallReply] | None) -> list[ToolCallReply] | N
     """In a whole answer the place in the list is the index."""
     for call in calls or ():
         call.index = None
-        call.function.arguments = call.function.arguments or "{}"
     return calls
 
 

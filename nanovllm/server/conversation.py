@@ -73,7 +73,13 @@ class TurnReader:
         return kept
 
     def finish_reason(self, delta: Delta) -> str | None:
-        return "tool_calls" if self.has_calls and delta.finish_reason == "stop" else delta.finish_reason
+        is_whole = delta.finish_reason == "stop" and not self.has_cut_call
+        return "tool_calls" if self.has_calls and is_whole else delta.finish_reason
+
+    @property
+    def has_cut_call(self) -> bool:
+        """At the end: `max_tokens` or a stop string ended the text inside of the last call."""
+        return self._parser is not None and self._parser.has_cut_call
 
     def _visible(self, delta: Delta) -> str:
         """Where special tokens stay in the text, the end token is one of them. A grammar can end a text without one."""
@@ -92,6 +98,8 @@ class TurnReader:
     def _is_wanted(self, part: Part) -> bool:
         if isinstance(part, (ToolCallStart, ToolCallArguments)):
             return self._turn.keeps_parallel or part.index == 0
+        if isinstance(part, Text):
+            return self._turn.constraint is None  # else all is calls, and text the beginning of one that was cut
         return self._turn.keeps_reasoning or not isinstance(part, Reasoning)
 
 

@@ -39,6 +39,11 @@ class OutputParser:
             parts += self._tool_calls.finish()
         return merge(parts)
 
+    @property
+    def has_cut_call(self) -> bool:
+        """After `finish`: the text ended inside the arguments of the last call."""
+        return self._tool_calls is not None and self._tool_calls.has_cut_call
+
     def _route(self, pieces: list[tuple[bool, str]]) -> list[Part]:
         parts: list[Part] = []
         for is_reasoning, text in pieces:

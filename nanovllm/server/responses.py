@@ -303,7 +303,8 @@ class Writer:
 
     def _output_item(self, item: Item, is_open: bool = False) -> OutputItem:
         is_last = item.index == len(self._items.all) - 1
-        status = "in_progress" if is_open else "incomplete" if self._is_cut and is_last else "completed"
+        is_cut = self._reader.has_cut_call if item.kind == "call" else self._is_cut
+        status = "in_progress" if is_open else "incomplete" if is_cut and is_last else "completed"
         name = self._item_id(item)
         if item.kind == "call":
             return OutputCall(id=name, call_id=item.call_id, name=item.name, arguments=item.text, status=status)

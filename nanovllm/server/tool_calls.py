@@ -54,6 +54,7 @@ class ToolCallParser:
         self._python = CallListScanner()
         self._head = ""  # of a named call
         self._tail = ""  # after a call: the beginning of what ends the section
+        self.has_cut_call = False  # the text ended inside the arguments of the last call
 
     def push(self, text: str) -> list[Part]:
         if self._is_plain(text):
@@ -65,6 +66,7 @@ class ToolCallParser:
         return self._take()
 
     def finish(self) -> list[Part]:
+        self.has_cut_call = self._is_announced and self._read == self._in_call and self._calls.is_in_arguments
         if self._read in (self._in_text, self._at_start):
             self._emit(self._held)
         else:

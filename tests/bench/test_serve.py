@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from nanovllm.bench.check import check_record, rows_of
+from nanovllm.bench.clients import deal, send
 from nanovllm.bench.http_client import Endpoint, get_json, stream
 from nanovllm.bench.load import Target, send_workload
 from nanovllm.bench.record import read_record
 from nanovllm.bench.results import percentile
 from nanovllm.bench.workloads import make_workload
 from nanovllm.cli import main
-from nanovllm.errors import ConfigError
+from nanovllm.errors import ConfigError, NanoVllmError
 
 SHORT = {"num_input": 8, "vocabulary": 40}
 
@@ -73,6 +74,38 @@ def test_max_concurrency_closes_the_loop(two_servers):
     assert ordered[-1].lag_ms > 100
 
 
+def test_several_processes_send_what_one_would_from_one_moment_on(two_servers):
+    server = two_servers[0]
+    workload = make_workload("fixed", num_requests=5, rate=10.0, num_output=3, **SHORT)
+    rows, seconds = asyncio.run(send(Target(server.url, "fake", client_processes=3), workload, repeat=2))
+    assert [(row.repeat, row.index, row.error, row.num_output) for row in rows] == [(2, i, "", 3) for i in range(5)]
+    for row, request in zip(rows, workload.requests):  # each left at its time by the one clock
+        assert row.sent_ms == pytest.approx(request.arrival_s * 1e3 + row.lag_ms, abs=0.01) and 0 <= row.lag_ms < 100
+    assert seconds == pytest.approx(max(row.sent_ms + row.latency_ms for row in rows) / 1e3, abs=0.1)
+
+
+def test_turns_stay_together_and_places_in_flight_are_dealt_out():
+    workload = make_workload("multi-turn", num_sessions=5, num_turns=2, system=4, message=4, num_output=2)
+    parts = deal(Target("x", "m", max_concurrency=7, client_processes=3), workload)
+    assert [part.target.max_concurrency for part in parts] == [2, 2, 3]
+    assert sorted(index for part in parts for index in part.indices) == list(range(10))
+    for part in parts:
+        for request, index in zip(part.requests, part.indices):
+            whole = workload.requests[index]
+            assert request.prompt == whole.prompt
+            assert (None if request.after is None else part.indices[request.after]) == whole.after
+    assert len(deal(Target("x", "m", client_processes=9), workload)) == 5  # none without work
+    with pytest.raises(ConfigError, match="max_concurrency=2 cannot be shared by 3"):
+        Target("x", "m", max_concurrency=2, client_processes=3)
+
+
+def test_a_client_process_that_dies_ends_the_run(capfd):
+    workload = make_workload("fixed", num_requests=2, num_output=2, **SHORT)
+    with pytest.raises(NanoVllmError, match="a client process ended with status 1"):
+        asyncio.run(send(Target("not a url:x", "fake", client_processes=2), workload))
+    assert "is not the address of a server" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["words", "chat"])
 def test_other_forms_reach_the_server(two_servers, form):
     workload = make_workload("fixed", num_requests=2, num_output=3, **SHORT)
@@ -83,10 +116,11 @@ def test_other_forms_reach_the_server(two_servers, form):
 def test_the_command_writes_a_complete_record(two_servers, tmp_path, capsys):
     options = ["--url", two_servers[0].url, "--workload", "fixed", "--set", "num_requests=3", "--set", "num_output=4"]
     options += ["--set", "vocabulary=40", "--set", "num_input=8", "--slo", "ttft=5s,tpot=1s", "--price-per-hour", "3.6"]
-    assert bench(*options, "--api-key", "hush", "--record", "mine", "--folder", str(tmp_path)) == 0
+    assert bench(*options, "--client-processes", "2", "--api-key", "hush", "--record", "mine", "--folder", str(tmp_path)) == 0
     path = Path(capsys.readouterr().out.splitlines()[-1])
     assert check_record(path) == []
     record = read_record(path)
+    assert record["settings"]["client_processes"] == 2
     assert record["model"] == "fake" and record["max_model_len"] == 16384 and record["status"] == "ok"
     table = record["result_table"]
     assert table["slo_attainment"]["repeats"] == [1.0] * 3

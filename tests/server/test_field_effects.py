@@ -497,17 +497,44 @@ def test_tools(tiny):
     assert param(tiny, CHAT, tools=[TOOL], tool_choice="required", guided_regex="a") == "tool_choice"
 
 
-def test_a_call_that_max_tokens_cuts_is_the_last_one_and_the_reason_says_so(tiny):
-    call = '<tool_call>\n{"name": "look", "arguments": {"n": 7}}\n</tool_call>'
-    options = {"guided_grammar": f"start: {json.dumps(call)} {json.dumps(call)}", "tools": [TOOL], "ignore_eos": False}
+FORCED = {"tools": [TOOL], "tool_choice": "required", "ignore_eos": False, "bad_words": ["<|im_end|>"]}
+
+
+def gathered(events: list) -> tuple[str, list[tuple[str, str]], str]:
+    """(content, (name, arguments) of each call, finish reason) of a streamed chat."""
+    content, reason, calls = "", "", {}
+    for choice in (chunk["choices"][0] for chunk in events[:-1]):
+        content += choice["delta"].get("content") or ""
+        for piece in choice["delta"].get("tool_calls") or []:
+            name, arguments = calls.get(piece["index"], ("", ""))
+            function = piece["function"]
+            calls[piece["index"]] = (name + (function.get("name") or ""), arguments + function["arguments"])
+        reason = choice["finish_reason"] or reason
+    return content, list(calls.values()), reason
+
+
+def test_a_required_call_that_max_tokens_cuts_is_the_last_one_and_the_reason_says_so(tiny):
+    """Its end token is forbidden, so the model has to begin another call: what is cut is seen at every place."""
     seen = set()
-    for max_tokens in range(20, 70):
-        one = choice(tiny, CHAT, **options, max_tokens=max_tokens)
-        calls = one["message"].get("tool_calls") or []
-        seen.add((one["finish_reason"], len(calls)))
-        whole = calls if one["finish_reason"] == "tool_calls" else calls[:-1]
-        assert [json.loads(call["function"]["arguments"]) for call in whole] == [{"n": 7}] * len(whole)
-    assert {("length", 1), ("length", 2), ("tool_calls", 2)} <= seen
+    for max_tokens in range(1, 70):
+        one = choice(tiny, CHAT, **FORCED, max_tokens=max_tokens)
+        calls = [(call["function"]["name"], call["function"]["arguments"]) for call in one["message"].get("tool_calls") or []]
+        assert not one["message"]["content"], "the beginning of a call is no text"
+        assert one["finish_reason"] == "length"
+        for name, arguments in calls[:-1]:
+            assert (name, json.loads(arguments)) == ("look", {"n": 7})
+        if calls:
+            assert calls[-1][0] == "look" and '{"n": 7}'.startswith(calls[-1][1])
+            seen.add((len(calls), calls[-1][1] == '{"n": 7}'))
+        assert gathered(post(tiny, CHAT, **FORCED, max_tokens=max_tokens, stream=True).events) == ("", calls, "length")
+    assert {(1, False), (1, True), (2, False), (2, True)} <= seen
+
+
+def test_a_stop_string_inside_of_a_call_is_no_finished_call(tiny):
+    one = choice(tiny, CHAT, **FORCED, max_tokens=60, stop=["7}"])
+    (call,) = one["message"]["tool_calls"]
+    assert (call["function"]["arguments"], one["finish_reason"], one["stop_reason"]) == ('{"n": ', "stop", "7}")
+    assert gathered(post(tiny, CHAT, **FORCED, max_tokens=60, stop=["7}"], stream=True).events)[2] == "stop"
 
 
 @pytest.mark.honours(CHAT, "include_reasoning")

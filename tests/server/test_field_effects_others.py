@@ -186,6 +186,24 @@ def test_tools_and_reasoning_of_responses(tiny):
     assert blamed(tiny, tool_choice="required") == "tool_choice"
 
 
+def test_a_required_call_that_is_cut_is_incomplete_in_both_protocols(tiny):
+    """And the calls before it are complete."""
+    tool = {"type": "function", "name": "look", "parameters": SCHEMA}
+    seen = set()
+    for limit in range(4, 60, 3):
+        response = respond(tiny, tools=[tool], tool_choice="required", logit_bias={str(END): -100}, max_output_tokens=limit)
+        assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+        for item in (item for item in response["output"] if item["type"] == "function_call"):
+            assert (item["status"] == "completed") == (item["arguments"] == '{"n": 7}')
+            seen.add(item["status"])
+        reply = message(tiny, tools=[TOOL], tool_choice={"type": "any"}, max_tokens=limit)
+        blocks = [block for block in reply["content"] if block["type"] == "tool_use"]
+        assert reply["stop_reason"] in ("max_tokens", "tool_use") and not [b for b in reply["content"] if b.get("text")]
+        assert all(block["input"] == {"n": 7} for block in blocks[:-1])
+        assert not blocks or blocks[-1]["input"] == {"n": 7} or reply["stop_reason"] == "max_tokens"
+    assert seen == {"completed", "incomplete"}
+
+
 def test_an_effort_that_the_template_does_not_read_is_refused(live):
     assert blamed(live, reasoning={"effort": "high"}) == "reasoning.effort"
     assert param(live, MESSAGES, **ASK, output_config={"effort": "high"}) == "output_config.effort"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 
 from live_server import live_server, write_tiny_model
+
+from nanovllm.log import Fields, JsonLines
 
 
 def test_every_line_of_a_server_is_an_object(tmp_path):
@@ -18,4 +21,17 @@ def test_every_line_of_a_server_is_an_object(tmp_path):
     requests = {line["path"]: line for line in lines if "path" in line}
     assert requests["/v1/completions"]["status"] == 200 and requests["/v1/completions"]["completions"]
     assert requests["/nothing/here"]["status"] == 404
+    assert not [line for line in lines if "message" in line and '"path"' in line["message"]]  # not a second time as a text
     assert any("memory plan" in line.get("message", "") for line in lines)  # of the engine's process
+
+
+def test_an_access_line_is_encoded_once_in_either_form(monkeypatch):
+    line = Fields(path="/é", status=200)
+    record = logging.LogRecord("nanovllm.access", logging.INFO, "", 0, line, None, None)
+    encoded = []
+    monkeypatch.setattr(
+        json, "dumps", lambda value, dumps=json.dumps, **options: encoded.append(value) or dumps(value, **options)
+    )
+    text = logging.Formatter("%(levelname)s %(message)s").format(record)
+    assert text.startswith("INFO {") and json.loads(text.removeprefix("INFO ")) == line and len(encoded) == 1
+    assert json.loads(JsonLines().format(record)) == {"level": "INFO", "path": "/é", "status": 200} and len(encoded) == 2

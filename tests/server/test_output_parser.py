@@ -102,6 +102,23 @@ CASES = {
         ('[{"name": "f", "arguments": {}}]', calls(("f", "{}"))),
     ],
 }
+CUT = {
+    "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": {"b": 1}}}\n</tool_call>',
+    "llama3_json": '{"name": "f", "parameters": {"a": {"b": 1}}}',
+    "mistral": '[TOOL_CALLS]f{"a": {"b": 1}}',
+    "pythonic": '[{"name": "f", "arguments": {"a": {"b": 1}}}]',
+}
+
+
+@pytest.mark.parametrize("tool_format", FORMATS)
+def test_a_call_that_is_cut_inside_its_arguments_is_known(tool_format):
+    for end in range(1, len(CUT[tool_format]) + 1):
+        parser = make_output_parser(tool_format, False, tool_names=["f"])
+        parts = merge(parser.push(CUT[tool_format][:end]) + parser.finish())
+        arguments = "".join(part.fragment for part in parts if isinstance(part, ToolCallArguments))
+        assert parser.has_cut_call == (0 < len(arguments) < len('{"a": {"b": 1}}')), CUT[tool_format][:end]
+
+
 NOT_CALLS = {
     "hermes": [
         "Use <tool_call> and </tool_call>.",
