@@ -1,9 +1,10 @@
-"""What a grammar costs per token, beside a step of the real model.
+"""What structured output costs: a step with grammars beside one without, and the parts of a token.
 
-    python benchmarks/grammar_cost.py [--tokens 64] [--sequences 1] [--dtype auto]
+    python benchmarks/grammar_cost.py [--model FOLDER] [--sequences 1 8] [--tokens 64] [--repeats 3] [--record NAME]
 
-Runs the same seeded prompts with a grammar and without, and prints medians over the steps of one generation: the step,
-the mask (`Matcher.fill_mask`), `Matcher.accept`, and the edit of the logits. One thread, processor time.
+Runs the same seeded prompts at temperature 0.7 with every form and without one, by turns. `step_ms`: wall-clock time of a
+whole generation over its steps, median of the repeats (start them on a quiet machine). `mask_us`, `accept_us`: processor
+time a token, from one more run that measures every call. Any model with a tokenizer that knows the letters of JSON will do.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from collections import defaultdict
 from typing import Any
 
 from nanovllm import LLM, SamplingParams, StructuredOutput
-from nanovllm.sampling import penalties
+from nanovllm.bench.record import write_record
 from nanovllm.structured.llguidance_backend import LLGuidanceMatcher
 
 FORMS = {
+    "none": None,
     "json_object": StructuredOutput("json_object"),
     "json_schema": StructuredOutput(
         "json_schema",
@@ -38,58 +40,86 @@ FORMS = {
 }
 
 
-def timed(owner: Any, name: str, times: dict[str, list[float]], label: str) -> None:
-    """Replace a function of `owner` by one that notes its seconds."""
-    original = getattr(owner, name)
-
-    def wrapped(*args: Any, **options: Any) -> Any:
-        started = time.thread_time()
-        try:
-            return original(*args, **options)
-        finally:
-            times[label].append(time.thread_time() - started)
-
-    setattr(owner, name, wrapped)
-
-
-def run(llm: LLM, structured: StructuredOutput | None, args: argparse.Namespace, times: dict[str, list[float]]) -> None:
-    params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True, structured=structured)
-    for index in range(args.sequences):
-        llm.engine.add_request(f"Person number {index} as JSON:", params)
+def step_ms(llm: LLM, structured: StructuredOutput | None, num_sequences: int, num_tokens: int) -> float:
+    params = [
+        SamplingParams(temperature=0.7, seed=seed, max_tokens=num_tokens, ignore_eos=True, structured=structured)
+        for seed in range(num_sequences)
+    ]
+    for index, one in enumerate(params):
+        llm.engine.add_request(f"Person number {index} as JSON:", one)
+    started = time.perf_counter()
     while llm.engine.has_work:
-        started = time.thread_time()
         llm.engine.step()
-        times["step"].append(time.thread_time() - started)
+    return (time.perf_counter() - started) * 1000 / num_tokens
+
+
+def parts_us(llm: LLM, structured: StructuredOutput, num_sequences: int, num_tokens: int) -> dict[str, float]:
+    """Medians of the processor time of a call."""
+    times: dict[str, list[float]] = defaultdict(list)
+    originals = {name: getattr(LLGuidanceMatcher, name) for name in ("fill_mask", "accept")}
+
+    def timed(name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return originals[name](*arguments)
+            finally:
+                times[name].append(time.thread_time() - started)
+
+        return call
+
+    try:
+        for name in originals:
+            setattr(LLGuidanceMatcher, name, timed(name))
+        step_ms(llm, structured, num_sequences, num_tokens)
+    finally:
+        for name, original in originals.items():
+            setattr(LLGuidanceMatcher, name, original)
+    return {
+        "mask_us": round(statistics.median(times["fill_mask"]) * 1e6, 1),
+        "accept_us": round(statistics.median(times["accept"]) * 1e6, 1),
+    }
+
+
+def measure(llm: LLM, num_sequences: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    steps: dict[str, list[float]] = defaultdict(list)
+    for repeat in range(arguments.repeats + 1):  # the first compiles and fills caches
+        for name, structured in FORMS.items():
+            milliseconds = step_ms(llm, structured, num_sequences, arguments.tokens)
+            if repeat:
+                steps[name].append(milliseconds)
+    without = statistics.median(steps["none"])
+    rows = {}
+    for name, structured in FORMS.items():
+        rows[name] = {"step_ms": [round(one, 3) for one in steps[name]]}
+        if structured is not None:
+            rows[name]["share"] = round(statistics.median(steps[name]) / without - 1, 4)
+            rows[name] |= parts_us(llm, structured, num_sequences, arguments.tokens)
+        print(f"{num_sequences:4} sequences  {name:12} {rows[name]}", flush=True)
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder; default: the embedded model")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--sequences", type=int, default=1)
-    parser.add_argument("--dtype", default="auto")
-    args = parser.parse_args()
-    times: dict[str, list[float]] = defaultdict(list)
-    timed(LLGuidanceMatcher, "fill_mask", times, "mask")
-    timed(LLGuidanceMatcher, "accept", times, "accept")
-    timed(penalties, "apply_edits", times, "edit")  # the sampler keeps its own name for it: see below
-    import nanovllm.sampling.sampler as sampler
-
-    sampler.apply_edits = penalties.apply_edits
-    with LLM(dtype=args.dtype, num_threads=1, num_kv_blocks=1000, max_num_seqs=max(8, args.sequences)) as llm:
-        print(f"{args.sequences} sequence(s), {llm.config.dtype}; medians in microseconds, worst in brackets")
-        for name, structured in {"none": None, **FORMS}.items():
-            run(llm, structured, args, defaultdict(list))  # compiles, fills caches
-            times.clear()
-            run(llm, structured, args, times)
-            median = {label: statistics.median(values) * 1e6 for label, values in times.items()}
-            worst = {label: max(values) * 1e6 for label, values in times.items()}
-            parts = "  ".join(
-                f"{label} {median[label]:8.1f} ({worst[label]:.0f})"
-                for label in ("step", "mask", "accept", "edit")
-                if label in median
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--record", metavar="NAME")
+    arguments = parser.parse_args()
+    with LLM(arguments.model, max_model_len=1024) as llm:
+        results = {str(count): measure(llm, count, arguments) for count in arguments.sequences}
+        if arguments.record:
+            path = write_record(
+                arguments.record,
+                model=llm.config.model or "SmolLM2-135M-Instruct",
+                vocab_size=llm.engine.bounds.vocab_size,
+                device=llm.config.device,
+                dtype=llm.config.dtype,
+                tokens=arguments.tokens,
+                results=results,
             )
-            own = sum(sum(times[label]) for label in ("mask", "accept", "edit"))
-            print(f"{name:12} {parts}  share of the steps {own / sum(times['step']):.1%}")
+            print(path)
 
 
 if __name__ == "__main__":
