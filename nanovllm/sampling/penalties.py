@@ -223,8 +223,10 @@ def grammar_masks(matchers: Matchers, vocab_size: int, device: torch.device) -> 
 
 def masks_of(matchers: Matchers, vocab_size: int, device: torch.device) -> Tensor:
     """[m, num_mask_words] int32; a set bit is an allowed token. A device gets bits: bytes would be 8 times the copy."""
-    masks = torch.zeros(len(matchers), num_mask_words(vocab_size), dtype=torch.int32, pin_memory=device.type == "cuda")
-    fill_masks(list(matchers.values()), masks.numpy())
+    masks = torch.empty(len(matchers), num_mask_words(vocab_size), dtype=torch.int32, pin_memory=device.type == "cuda")
+    words = masks.numpy()
+    words.fill(0)  # by one thread: torch would wake all of its own for a megabyte, and copy it once more to pin it
+    fill_masks(list(matchers.values()), words)
     return masks.to(device, non_blocking=True)
 
 
