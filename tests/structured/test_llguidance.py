@@ -217,7 +217,8 @@ def test_a_complete_text_may_be_asked_for_a_mask_and_stays_complete(byte_level):
 def test_grammars_that_get_slower_and_slower_are_ended_and_cost_a_step_so_much_however_many_they_are(number, monkeypatch):
     monkeypatch.setattr(mask_budget, "FREE_SECONDS", 0.00005)
     monkeypatch.setattr(mask_budget, "SECONDS_AT_ONCE", 0.1)
-    model = Model(byte_level_backend())  # with a budget of its own
+    model = Model(byte_level_backend())
+    model.grammar._budget = MaskBudget(time.thread_time)  # a busy machine would refill it faster than this thread can spend
     slow = [model.compile(StructuredOutput("grammar", 'start: x\nx: x x x | "a" | "b"')) for _ in range(number)]
     fast = model.compile(StructuredOutput("regex", "a+"))
     a = model.tokenizer.token_to_id("a")
