@@ -109,11 +109,13 @@ def draw_allowed(logits: Tensor, inverse_temperature: np.ndarray, keys: np.ndarr
     logits: [num_samples, vocab]; inverse_temperature: [num_samples] float32; keys: [num_samples] int32.
     """
     device = logits.device
-    mask_lines = np.full(len(keys), -1, dtype=np.int32)
-    mask_lines[list(matchers)] = np.arange(len(matchers))
-    operands = upload(np.stack([inverse_temperature.view(np.int32), keys, mask_lines]), device)  # one copy
+    num_samples = len(keys)
+    operands = np.full((3, -(-num_samples // 4) * 4), -1, dtype=np.int32)  # one copy; lines of 16 bytes: one kind of pointer
+    operands[0, :num_samples], operands[1, :num_samples] = inverse_temperature.view(np.int32), keys
+    operands[2, list(matchers)] = np.arange(len(matchers))
+    on_device = upload(operands, device)
     masks = masks_of(matchers, logits.shape[-1], device)
-    return draw_allowed_tokens(logits, operands[0].view(torch.float32), operands[1], masks, operands[2])
+    return draw_allowed_tokens(logits, on_device[0].view(torch.float32), on_device[1], masks, on_device[2])
 
 
 def warm_up(vocab_size: int, dtype: torch.dtype, hashes: Tensor) -> None:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from nanovllm.engine.batch import RowSampling
 from nanovllm.kernels.upload import upload
-from nanovllm.structured.base import Matchers, num_mask_words
-from nanovllm.structured.fill import fill_masks
+from nanovllm.structured.base import Matchers, fill_masks, num_mask_words
 
 # Not -inf: masks that contradict each other (say min_tokens, and allowed_token_ids that are all stop tokens) leave the
 # allowed tokens equal to each other, and still above the rest. Any finite logit vanishes beside it in float32.

@@ -9,7 +9,7 @@ Knows no tensors, no requests and no scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from nanovllm.sampling_params import StructuredOutput
@@ -38,6 +38,19 @@ class Matcher(Protocol):
 
 
 Matchers = Mapping[int, Matcher]  # by the sample that has to follow them
+
+
+def fill_masks(matchers: Sequence[Matcher], masks: np.ndarray) -> None:
+    """Line i of `masks`, [number of matchers, num_mask_words] int32 and 0 before, is what matcher i allows: its bits are set.
+
+    A grammar engine that has something better than one after the other brings it as `fill_together` of its matchers.
+    """
+    fill_together = getattr(matchers[0], "fill_together", None)
+    if fill_together is not None:
+        fill_together(matchers, masks)
+        return
+    for matcher, mask in zip(matchers, masks):
+        matcher.fill_mask(mask)
 
 
 class Grammar(Protocol):

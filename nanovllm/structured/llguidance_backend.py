@@ -9,11 +9,12 @@ is an optional extra: it is imported when the first request with a grammar comes
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,31 @@ MAX_MESSAGE_LENGTH = 400  # characters of a compiler's message
 JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 
 
+MIN_TOGETHER = 4  # masks; below, waking threads costs more than it saves
+MASKS_PER_SAMPLE = 16
+MAX_THREADS = 8
+
+
+@cache
+def num_threads() -> int:
+    """Half of the processors; on a CPU the model has the others."""
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else 1
+
+
+@cache
+def _executor() -> Any:
+    import llguidance
+
+    return llguidance.LLExecutor(num_threads())
+
+
 class LLGuidanceMatcher:
     def __init__(self, inner: Any, end_token_ids: Sequence[int], can_end_early: bool, budget: MaskBudget) -> None:
         self.error: str | None = None
         self._is_complete = False
         self._inner = inner
         self._end_token_ids = end_token_ids
+        self._end_bits = [(token_id // BITS, np.uint32(1 << token_id % BITS).view(np.int32)) for token_id in end_token_ids]
         self._can_end_early = can_end_early
         self._budget = budget
 
@@ -49,20 +69,60 @@ class LLGuidanceMatcher:
     def give_up(self) -> None:
         self._fail("it is too ambiguous: finding the next tokens takes too long")
 
-    def fill_mask(self, mask: np.ndarray) -> None:
-        if self._is_complete or self.error is not None:  # a step in flight still draws for it, and nobody reads the token
+    def fill_mask(self, mask: np.ndarray, weight: float = 1.0) -> None:
+        """`weight`: how many masks of the budget this one stands for."""
+        if self._is_over:
             self._add_ends(mask)
             return
         started = time.thread_time()
         try:
             self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            self._check(mask)
-            self._budget.charge(self, time.thread_time() - started)
+            self._budget.charge(self, time.thread_time() - started, weight)
         except BaseException as error:  # also a panic, which is no Exception: it ends a sequence, not the engine
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             self._fail(f"the grammar engine failed: {error!r}")
-        if self.error is not None:
+        self._finish_mask(mask, bool(mask.any()))
+
+    @staticmethod
+    def fill_together(matchers: Sequence[LLGuidanceMatcher], masks: np.ndarray) -> None:
+        """`fill_mask` of each, in threads of the library, which do not take turns for Python's lock as ours would.
+
+        What one of them takes is then not known. So a few are filled alone, others each time, and pay for all.
+        """
+        num_matchers, budget = len(matchers), matchers[0]._budget
+        num_alone = -(-num_matchers // MASKS_PER_SAMPLE) if num_matchers >= MIN_TOGETHER and num_threads() > 1 else num_matchers
+        first = budget.take_turns(num_alone)
+        alone = {(first + i) % num_matchers for i in range(num_alone)}
+        for i in alone:
+            matchers[i].fill_mask(masks[i], num_matchers / num_alone)
+        rest = [i for i, matcher in enumerate(matchers) if i not in alone and not matcher._is_over]
+        if rest:
+            try:
+                inner = [(matchers[i]._inner, i) for i in rest]
+                _executor().unsafe_compute_mask_ptr(inner, masks.ctypes.data, masks.strides[0], num_matchers)
+            except BaseException as error:  # find out which
+                if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    raise
+                for i in rest:
+                    matchers[i].fill_mask(masks[i])
+                return
+        has_any = np.any(masks, axis=1).tolist()
+        for i in range(num_matchers):
+            if i not in alone:
+                matchers[i]._finish_mask(masks[i], has_any[i])
+
+    @property
+    def _is_over(self) -> bool:
+        """A step in flight may still draw for it; nobody reads that token."""
+        return self._is_complete or self.error is not None
+
+    def _finish_mask(self, mask: np.ndarray, has_any: bool) -> None:
+        if not self._is_over:
+            self._check(has_any)
+        if self._is_complete:
+            self._add_ends(mask)
+        elif self.error is not None:
             mask[:] = 0
             self._add_ends(mask)  # so that what is drawn, and then refused, is no text
         elif not self._can_end_early:
@@ -80,26 +140,27 @@ class LLGuidanceMatcher:
             self._is_complete = self._inner.is_stopped()
         return "stop" if self._is_complete else None
 
-    def _check(self, mask: np.ndarray) -> None:
+    def _check(self, has_any: bool) -> None:
         if self._inner.is_error():
             self._fail(_first_part(self._inner.get_error()))
-        elif not mask.any():
+        elif not has_any:
             self._fail("no token fits here")
 
     def _fail(self, message: str) -> None:
         self.error = self.error or message
 
     def _add_ends(self, mask: np.ndarray) -> None:
-        for token_id in self._end_token_ids:
-            mask[token_id // BITS] |= np.uint32(1 << token_id % BITS).view(np.int32)
+        for word, bit in self._end_bits:
+            mask[word] |= bit
 
     def _drop_ends(self, mask: np.ndarray) -> None:
         """Unless nothing else is possible."""
-        without = mask.copy()
-        for token_id in self._end_token_ids:
-            without[token_id // BITS] &= ~np.uint32(1 << token_id % BITS).view(np.int32)
-        if without.any():
-            mask[:] = without
+        present = [(word, bit) for word, bit in self._end_bits if mask[word] & bit]
+        for word, bit in present:
+            mask[word] &= ~bit
+        if present and not mask.any():
+            for word, bit in present:
+                mask[word] |= bit
 
 
 class LLGuidanceGrammar:

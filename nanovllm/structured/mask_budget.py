@@ -8,7 +8,6 @@ sequences there are; and an ordinary mask is never charged. Knows no grammar.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -25,26 +24,30 @@ class Spender(Protocol):
 
 
 class MaskBudget:
-    """Of one engine; threads may charge it at once."""
+    """Used by the thread that drives the engine."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._seconds_left, self._time = SECONDS_AT_ONCE, clock()
         self._spent: WeakKeyDictionary[Spender, float] = WeakKeyDictionary()
-        self._lock = threading.Lock()
+        self._turn = 0
 
-    def charge(self, spender: Spender, seconds: float) -> None:
-        """`spender` has taken `seconds` for a mask. May call `give_up`, of this one or of another."""
-        excess = seconds - FREE_SECONDS
+    def take_turns(self, number: int) -> int:
+        """The number of turns that were taken before these."""
+        self._turn += number
+        return self._turn - number
+
+    def charge(self, spender: Spender, seconds: float, weight: float = 1.0) -> None:
+        """`spender` has taken `seconds` for a mask, which stands for `weight` masks. May call `give_up`, also of another."""
+        excess = (seconds - FREE_SECONDS) * weight
         if excess <= 0:
             return
-        with self._lock:
-            now = self._clock()
-            refilled = self._seconds_left + SHARE_OF_TIME * (now - self._time)
-            self._seconds_left, self._time = min(SECONDS_AT_ONCE, refilled) - excess, now
-            self._spent[spender] = self._spent.get(spender, 0.0) + excess
-            if self._seconds_left < 0:
-                slowest = max(self._spent, key=lambda one: self._spent[one])
-                del self._spent[slowest]
-                self._seconds_left = SECONDS_PER_ENDED
-                slowest.give_up()
+        now = self._clock()
+        refilled = self._seconds_left + SHARE_OF_TIME * (now - self._time)
+        self._seconds_left, self._time = min(SECONDS_AT_ONCE, refilled) - excess, now
+        self._spent[spender] = self._spent.get(spender, 0.0) + excess
+        if self._seconds_left < 0:
+            slowest = max(self._spent, key=lambda one: self._spent[one])
+            del self._spent[slowest]
+            self._seconds_left = SECONDS_PER_ENDED
+            slowest.give_up()

@@ -19,8 +19,8 @@ from test_tokenizer import byte_level_backend, sentencepiece_backend, unigram_ba
 
 from nanovllm import StructuredOutput
 from nanovllm.errors import InvalidGrammar
-from nanovllm.structured import fill, llguidance_backend, mask_budget
-from nanovllm.structured.base import num_mask_words
+from nanovllm.structured import llguidance_backend, mask_budget
+from nanovllm.structured.base import fill_masks, num_mask_words
 from nanovllm.structured.llguidance_backend import LLGuidanceGrammar, LLGuidanceMatcher
 from nanovllm.structured.mask_budget import FREE_SECONDS, SECONDS_AT_ONCE, SECONDS_PER_ENDED, MaskBudget
 from nanovllm.tokenizer import Tokenizer
@@ -191,13 +191,13 @@ def test_nothing_allowed_is_an_error(byte_level):
 
 @pytest.mark.parametrize("number", [1, 7, 8, 30])
 def test_threads_fill_the_masks_that_one_would(number, byte_level, monkeypatch):
-    monkeypatch.setattr(fill, "_num_free_processors", lambda: 4)
+    monkeypatch.setattr(llguidance_backend, "num_threads", lambda: 4)
     sources = [StructuredOutput("regex", f"a{{{i + 1}}}[b-{chr(99 + i % 20)}]+") for i in range(number)]
     a, size = byte_level.tokenizer.token_to_id("a"), (number, num_mask_words(byte_level.vocab_size))
     matchers, alone = ([byte_level.compile(source) for source in sources] for _ in range(2))
     for _ in range(3):
         masks, expected = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        fill.fill_masks(matchers, masks)
+        fill_masks(matchers, masks)
         for matcher, mask in zip(alone, expected, strict=True):
             matcher.fill_mask(mask)
         assert np.array_equal(masks, expected) and masks.any(axis=1).all()
@@ -213,8 +213,11 @@ def test_a_complete_text_may_be_asked_for_a_mask_and_stays_complete(byte_level):
     assert byte_level.allowed(matcher) == {byte_level.end} and matcher.error is None
 
 
-@pytest.mark.parametrize("number", [1, 8])
-def test_grammars_that_get_slower_and_slower_are_ended_and_cost_a_step_so_much_however_many_they_are(number, monkeypatch):
+@pytest.mark.parametrize(("number", "threads"), [(1, 1), (8, 1), (8, 2), (20, 2)])
+def test_grammars_that_get_slower_and_slower_are_ended_and_cost_a_step_so_much_however_many_they_are(
+    number, threads, monkeypatch
+):
+    monkeypatch.setattr(llguidance_backend, "num_threads", lambda: threads)
     monkeypatch.setattr(mask_budget, "FREE_SECONDS", 0.00005)
     monkeypatch.setattr(mask_budget, "SECONDS_AT_ONCE", 0.1)
     model = Model(byte_level_backend())
@@ -225,7 +228,7 @@ def test_grammars_that_get_slower_and_slower_are_ended_and_cost_a_step_so_much_h
     longest, started = 0.0, time.thread_time()
     while running := [matcher for matcher in slow if matcher.error is None]:
         before = time.thread_time()
-        fill.fill_masks([*running, fast], np.zeros((len(running) + 1, num_mask_words(model.vocab_size)), np.int32))
+        fill_masks([*running, fast], np.zeros((len(running) + 1, num_mask_words(model.vocab_size)), np.int32))
         longest = max(longest, time.thread_time() - before)
         assert fast.accept(a) is None
         for matcher in running:
