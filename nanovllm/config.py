@@ -21,6 +21,12 @@ ALIASES = {  # names that nano-vllm's and vLLM's scripts use
     "num_kvcache_blocks": "num_kv_blocks",
     "long_prefill_token_threshold": "max_prompt_chunk",
 }
+LARGE_GPU_BYTES = 64 << 30
+
+
+def gpu_max_num_seqs(total_bytes: int) -> int:
+    """The default: twice as many where their KV has room, for more tokens a second at once and a shorter queue."""
+    return 512 if total_bytes >= LARGE_GPU_BYTES else 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,7 @@ class EngineConfig:
     seed: int = 0  # of requests that bring no seed of their own
 
     # --- scheduling
-    max_num_seqs: int = 256  # sequences running at once
+    max_num_seqs: int | None = None  # sequences running at once; None: 256, on a GPU of 64 GiB and more 512
     max_num_batched_tokens: int | None = None  # token budget of a step; None: 2048 on a CPU, 8192 on a GPU
     max_prompt_chunk: int | None = None  # tokens of one prompt per step; None: the whole budget
     watermark: float = 0.01  # share of the KV blocks that admission leaves free
@@ -101,8 +107,8 @@ class EngineConfig:
     @property
     def scheduler_limits(self) -> SchedulerLimits:
         """Of a resolved config."""
-        if self.max_num_batched_tokens is None:
-            raise ConfigError("max_num_batched_tokens is not decided yet: resolve the config first")
+        if self.max_num_batched_tokens is None or self.max_num_seqs is None:
+            raise ConfigError("max_num_batched_tokens and max_num_seqs are not decided yet: resolve the config first")
         return SchedulerLimits(self.max_num_seqs, self.max_num_batched_tokens, self.max_prompt_chunk, self.watermark)
 
     def _check_choices(self) -> None:
@@ -120,10 +126,9 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
     def _check_numbers(self) -> None:
-        at_least_one = ("max_num_seqs", "tensor_parallel_size")
-        for name in at_least_one:
-            self._check_int(name, 1)
+        self._check_int("tensor_parallel_size", 1)
         for name in (
+            "max_num_seqs",
             "block_size",
             "max_num_batched_tokens",
             "max_prompt_chunk",

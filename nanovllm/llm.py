@@ -417,6 +417,7 @@ def resolve(config: EngineConfig, platform: Platform, spec: ModelSpec) -> tuple[
         device=platform.device.type,
         block_size=config.block_size or platform.default_block_size,
         max_num_batched_tokens=token_budget,
+        max_num_seqs=config.max_num_seqs or platform.default_max_num_seqs,
         num_steps_ahead=steps_ahead,
         gpu_memory_utilization=share,
         cpu_compute=resolve_cpu_compute(config, platform, spec),

@@ -44,7 +44,7 @@ def build(config: EngineConfig) -> ServedEngine:
         max_model_len=built.memory_plan.max_model_len,
         block_size=built.memory_plan.block_size,
         num_kv_blocks=built.memory_plan.num_blocks,
-        max_num_seqs=built.config.max_num_seqs,
+        max_num_seqs=built.config.scheduler_limits.max_num_seqs,
         eos_token_ids=built.eos_token_ids,
         has_chat_template=tokenizer.chat_template is not None,
         device=built.platform.describe(),

@@ -24,6 +24,7 @@ class Platform(Protocol):
     default_memory_share: float  # of the device's memory, when the user does not say
     default_block_size: int
     default_token_budget: int
+    default_max_num_seqs: int
     default_steps_ahead: int
 
     def prepare(self, num_threads: int | None) -> None:

@@ -23,6 +23,7 @@ class CpuPlatform:
     default_memory_share = 0.5
     default_block_size = 16  # tokens
     default_token_budget = 2048
+    default_max_num_seqs = 256
     default_steps_ahead = 0  # the forward pass runs in the caller's thread: there is nothing to overlap with
 
     def __init__(self) -> None:

@@ -1,10 +1,11 @@
-"""The CUDA platform. Kernels, graphs and side streams come with their own issue; the torch path runs as it is."""
+"""The CUDA platform: defaults and memory of one GPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from nanovllm.config import gpu_max_num_seqs
 from nanovllm.platforms.base import DeviceMemory
 
 
@@ -16,6 +17,7 @@ class CudaPlatform:
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.default_max_num_seqs = gpu_max_num_seqs(torch.cuda.get_device_properties(self.device).total_memory)
 
     def prepare(self, num_threads: int | None) -> None:
         if num_threads is not None:

@@ -79,7 +79,7 @@ def plan_memory(
     budget = min(int(total * share), free)
     weights, activations = measured or (_weight_bytes(spec, bytes_per_value), _activation_bytes(spec, config, bytes_per_value))
     limit = config.max_model_len or spec.max_position
-    rows = 0 if measured else (config.max_num_seqs + 1) * (limit + 1 + limit // (config.block_size or 1)) * 4
+    rows = 0 if measured else ((config.max_num_seqs or 1) + 1) * (limit + 1 + limit // (config.block_size or 1)) * 4
     fixed = weights + activations + rows
     per_block = spec.kv_bytes_per_token(bytes_per_value) * (config.block_size or 1)
     num_blocks = _num_blocks(config, limit, per_block, max(0, budget - fixed), max_default_kv)
@@ -111,7 +111,7 @@ def _num_blocks(config: EngineConfig, limit: int, per_block: int, available: int
         return config.kv_cache_memory_bytes // per_block
     if max_default_kv is not None:
         available = min(available, max_default_kv)
-    usable = -(-limit // (config.block_size or 1)) * config.max_num_seqs  # more could never be used at once
+    usable = -(-limit // (config.block_size or 1)) * (config.max_num_seqs or 1)  # more could never be used at once
     return min(available // per_block, usable)
 
 
@@ -126,7 +126,7 @@ def _activation_bytes(spec: ModelSpec, config: EngineConfig, bytes_per_value: in
     budget = config.max_num_batched_tokens or 0
     query_kv = (spec.total_num_heads + 2 * spec.total_num_kv_heads) * spec.head_dim
     per_token = 4 * spec.hidden_size + max(3 * spec.intermediate_size, 3 * query_kv)
-    logits = min(config.max_num_seqs, budget) * spec.vocab_size * (4 + 4 + bytes_per_value)
+    logits = min(config.max_num_seqs or 1, budget) * spec.vocab_size * (4 + 4 + bytes_per_value)
     return budget * per_token * bytes_per_value + logits
 
 

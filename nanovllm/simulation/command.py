@@ -40,7 +40,7 @@ class SimulateOptions:
     replicas: int = 1  # engines, each on its own device; requests go to them in turn
     search: str = "none"  # none, replicas: the fewest that meet the objectives, limits: the best max_num_seqs and budget
     temperature: float = 0.0  # only whether it is 0 matters: argmax is cheaper than drawing
-    max_num_seqs: int = 256  # sequences running at once
+    max_num_seqs: int | None = None  # sequences running at once; None: 256, with 64 GiB and more 512
     max_num_batched_tokens: int | None = None  # token budget of a step; None: 8192, on cpu 2048
     max_prompt_chunk: int | None = None  # tokens of one prompt per step; None: the whole budget
     max_model_len: int | None = None  # tokens of prompt and output together; None: what the model allows

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nanovllm.config import EngineConfig, SchedulerLimits
+from nanovllm.config import EngineConfig, SchedulerLimits, gpu_max_num_seqs
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.policy import make_policy
@@ -91,7 +91,7 @@ def deploy(
         block_size=config.block_size or hardware.block_size,
         max_num_batched_tokens=config.max_num_batched_tokens or hardware.max_num_batched_tokens,
         gpu_memory_utilization=config.gpu_memory_utilization or 0.9,
-        max_num_seqs=max_num_seqs or config.max_num_seqs,
+        max_num_seqs=max_num_seqs or config.max_num_seqs or gpu_max_num_seqs(hardware.memory_bytes),
     )
     total = hardware.memory_bytes
     plan = plan_memory(spec, resolved, bytes_per_value=BYTES_PER_VALUE, total=total, free=total, max_default_kv=None)
