@@ -169,6 +169,8 @@ def test_grammars_in_a_captured_step_give_the_tokens_of_the_eager_one():
     for eager, steps_ahead in ((False, 1), (True, 1), (False, 0), (False, 2)):
         engine = make(enforce_eager=eager, num_steps_ahead=steps_ahead)
         engine._door._grammar = EveryThird()
+        runner = engine.executor.runner
         outputs.append(run(engine, params=params))
+        assert eager or runner.late_compiles == []
     assert outputs[0] == outputs[1] == outputs[2] == outputs[3]
     assert outputs[0][0] == run(make())[0], "a neighbour with a grammar changes nothing"
