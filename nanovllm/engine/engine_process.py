@@ -46,6 +46,7 @@ from nanovllm.engine.messages import (
     decode_for_engine,
     encode,
 )
+from nanovllm.engine.roofline import Peak, StepWork, WorkCounter, counter_of, peak_of
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import NONFINITE_LOGITS, NanoVllmError, RequestError
 from nanovllm.log import degraded, logger
@@ -142,7 +143,11 @@ class Compiling(NamedTuple):
 class Counters:
     """A listener that adds up what happened since the start. Times are nanoseconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: WorkCounter | None = None, peak: Peak | None = None) -> None:
+        self._count, self._peak = None if work is None else work.count, peak
+        self._works: dict[int, StepWork] = {}  # of steps in flight
+        self._last = StepWork(0.0, 0.0), 0  # the last step and its nanoseconds
+        self.model_bytes = self.model_operations = self.roof_ns = 0.0
         self.num_steps = self.num_generated_tokens = self.num_computed_tokens = self.num_preemptions = 0
         self.forward_ns = self.schedule_ns = self.apply_ns = 0
         self._told_time = -SHORTAGE_SECONDS
@@ -155,20 +160,45 @@ class Counters:
             self.num_generated_tokens += event.num_new_tokens
             self.forward_ns += event.forward_ns
             self.apply_ns += event.apply_ns
+            if self._count is not None:
+                self._add_work(self._works.pop(event.step, None), event.forward_ns)
             self.result_time = event.time - event.apply_ns * 1e-9
         elif isinstance(event, StepDispatched):
             self.num_computed_tokens += event.num_tokens
             self.schedule_ns += event.schedule_ns
             self._steps_by_size[bisect_left(STEP_SIZE_EDGES, event.num_tokens)] += 1
+            if self._count is not None:
+                self._works[event.step] = self._count(event.batch)
         elif isinstance(event, SequencePreempted):
             self.num_preemptions += 1
             if event.time - self._told_time >= SHORTAGE_SECONDS:
                 self._told_time = event.time
                 degraded("kv_cache_full", "%s is computed again; %d preemptions so far", event.request_id, self.num_preemptions)
 
+    def _add_work(self, work: StepWork | None, forward_ns: int) -> None:
+        if work is not None:
+            self._last = work, forward_ns
+            self.model_bytes += work.num_bytes
+            self.model_operations += work.num_operations
+            if self._peak is not None:
+                self.roof_ns += self._peak.roof_s(work) * 1e9
+
     def totals(self) -> dict[str, int | float]:
+        """Counts since the start; shares of the peak are of the last step, 0 to 1."""
         sizes = {f"num_steps_up_to_{edge}": number for edge, number in zip([*STEP_SIZE_EDGES, "inf"], self._steps_by_size)}
-        return {**{name: value for name, value in vars(self).items() if not name.startswith("_")}, **sizes}
+        totals = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        work, forward_ns = self._last
+        if self._count is None:
+            del totals["model_bytes"], totals["model_operations"]
+        if self._count is None or self._peak is None:
+            del totals["roof_ns"]
+            return {**totals, **sizes}
+        totals["peak_bytes_per_s"] = self._peak.bytes_per_s
+        totals["peak_operations_per_s"] = self._peak.operations_per_s
+        if forward_ns:
+            totals["bandwidth_share"] = work.num_bytes / self._peak.bytes_per_s / forward_ns * 1e9
+            totals["operations_share"] = work.num_operations / self._peak.operations_per_s / forward_ns * 1e9
+        return {**totals, **sizes}
 
 
 class EngineProcess:
@@ -184,7 +214,8 @@ class EngineProcess:
         self._gone: list[Frontend] = []  # found to be gone; what they sent before is still to be read
         self._requests: dict[str, OpenRequest] = {}  # by the engine's request id
         self._num_frontends = self._num_prompt_tokens = self._num_requests = self._num_nonfinite = 0
-        self._counters = Counters()
+        facts = served.facts
+        self._counters = Counters(counter_of(facts.spec, facts.dtype, facts.roofline), peak_of(facts.roofline))
         self._engine.events.listeners.append(self._counters)
         self._profile: Profile | None = None
         self._compiling: dict[tuple[bytes, int], Compiling] = {}  # by front end and handle: requests that wait for their grammar

@@ -10,12 +10,16 @@ Arithmetic only. Knows no clock.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import msgspec
 
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.model_spec import ModelSpec
 
+ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_KNOWN = 4096  # sums remembered; one for each number of tokens and draws that occurred
 
 
@@ -128,3 +132,16 @@ class WorkCounter:
             self._known.clear()
         work = self._known[num_tokens, num_samples] = StepWork(num_weights * self.weight_bytes, operations)
         return work
+
+
+def counter_of(spec: Mapping[str, Any], dtype: str, roofline: Mapping[str, Any]) -> WorkCounter | None:
+    """Of the fields of `EngineFacts` or of a flight record; None when they do not tell the model."""
+    if not spec:
+        return None
+    size = ITEM_SIZES.get(dtype, 2)
+    return WorkCounter(msgspec.convert(spec, ModelSpec), roofline.get("weight_bytes", size), size)
+
+
+def peak_of(roofline: Mapping[str, Any]) -> Peak | None:
+    """Of the same field."""
+    return None if roofline.get("peak") is None else Peak(**roofline["peak"])

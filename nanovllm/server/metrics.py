@@ -58,7 +58,13 @@ COUNTERS = {  # name -> (help, label or None)
     "nanovllm:requests_refused": ("requests that were not served, by reason", "reason"),
     "nanovllm:http_responses": ("HTTP responses, by status", "status"),
 }
-ENGINE_GAUGES = {"vllm:num_requests_running": ("sequences in the running batch", "num_running")}
+ENGINE_GAUGES = {  # name -> (help, key of `AsyncEngine.stats`)
+    "vllm:num_requests_running": ("sequences in the running batch", "num_running"),
+    "nanovllm:device_peak_bytes_per_second": ("of the data sheet; measured on a CPU", "peak_bytes_per_s"),
+    "nanovllm:device_peak_operations_per_second": ("of the data sheet; measured on a CPU", "peak_operations_per_s"),
+    "nanovllm:engine_bandwidth_share": ("bytes per second of the last step, as a share of the device's peak", "bandwidth_share"),
+    "nanovllm:engine_operations_share": ("operations per second of the last step, as a share of the peak", "operations_share"),
+}
 ENGINE_COUNTERS = {  # name -> (help, key of `AsyncEngine.stats`, factor)
     "vllm:prefix_cache_queries": ("tokens looked up in the prefix cache", "num_prefix_queried_tokens", 1),
     "vllm:prefix_cache_hits": ("tokens found in the prefix cache", "num_prefix_hit_tokens", 1),
@@ -66,7 +72,11 @@ ENGINE_COUNTERS = {  # name -> (help, key of `AsyncEngine.stats`, factor)
     "nanovllm:engine_steps": ("steps of the engine", "num_steps", 1),
     "nanovllm:engine_computed_tokens": ("tokens that went through the model", "num_computed_tokens", 1),
     "nanovllm:engine_forward_seconds": ("time that the steps spent on the device", "forward_ns", 1e-9),
-    "nanovllm:engine_schedule_seconds": ("time that the scheduler took", "schedule_ns", 1e-9),
+    "nanovllm:engine_schedule_seconds": ("host time of deciding what a step computes", "schedule_ns", 1e-9),
+    "nanovllm:engine_apply_seconds": ("host time of appending tokens, stopping and publishing blocks", "apply_ns", 1e-9),
+    "nanovllm:engine_model_bytes": ("bytes of weights, keys and values that steps had to move at least", "model_bytes", 1),
+    "nanovllm:engine_model_operations": ("operations that steps had to do at least", "model_operations", 1),
+    "nanovllm:engine_roof_seconds": ("least time of the same steps at the device's peak", "roof_ns", 1e-9),
     "nanovllm:nonfinite_logits": ("completions that ended because the model computed NaN or infinity", "num_nonfinite_logits", 1),
     "nanovllm:prefix_cache_evictions": ("cached blocks that were overwritten", "num_prefix_evictions", 1),
 }

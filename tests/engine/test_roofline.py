@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.engine_process import Counters
+from nanovllm.engine.events import StepCollected, StepDispatched
 from nanovllm.engine.roofline import Peak, StepWork, WorkCounter, find_peak
 from nanovllm.model_spec import ModelSpec, RopeSpec
 from nanovllm.simulation.cost import CostModel
@@ -56,6 +58,30 @@ def test_the_roof_is_the_slower_of_the_two():
     peak = Peak(100.0, 1000.0, "by hand")
     assert peak.roof_s(StepWork(200.0, 1000.0)) == 2.0
     assert peak.roof_s(StepWork(50.0, 4000.0)) == 4.0
+
+
+def test_the_counters_add_up_steps_and_tell_the_shares_of_the_last():
+    counters = Counters(WorkCounter(TINY, weight_bytes=2, value_bytes=2), Peak(1e6, 1e9, "by hand"))
+    first, second = batch((5, 1), (8, 1), sampled=[0, 1]), batch((0, 4), sampled=[])
+    for step, one in enumerate((first, second)):  # with one step ahead, the second leaves before the first is back
+        counters.on_event(StepDispatched(0.0, step, 1, 1, 1, 0, 1, 9, 1000, one))
+    assert counters.totals()["model_bytes"] == 0 and "bandwidth_share" not in counters.totals()
+    counters.on_event(StepCollected(0.0, 0, 2, 4_000_000, 10))
+    totals = counters.totals()
+    num_bytes, num_operations = 2 * 1040 + 15 * 32, 4 * 1040 + 2 * 15 * 32
+    assert (totals["model_bytes"], totals["model_operations"]) == (num_bytes, num_operations)
+    assert totals["roof_ns"] == num_bytes * 1000  # at a byte per microsecond; the operations need less
+    assert totals["bandwidth_share"] == pytest.approx(num_bytes / 1e6 / 0.004)
+    assert totals["operations_share"] == pytest.approx(num_operations / 1e9 / 0.004)
+    counters.on_event(StepCollected(0.0, 1, 0, 4_000_000, 10))
+    assert counters.totals()["model_bytes"] == num_bytes + 2 * (480 + 128) + 4 * 32
+    assert not counters._works
+
+
+def test_what_nobody_knows_is_not_told():
+    no_model, no_peak = Counters().totals(), Counters(WorkCounter(TINY, 2, 2)).totals()
+    names = {"model_bytes", "roof_ns", "bandwidth_share", "peak_bytes_per_s"}
+    assert names.isdisjoint(no_model) and names & set(no_peak) == {"model_bytes"}
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ function begin(facts, source, isLive = false) {
   film = { facts, source, isLive, frames: [], steps: [], sequences: new Map(), rows: new Map(), flying: new Map(), preempted: [], tokens: [], place: -1, chosen: null, start: Infinity };
   $("hardware").replaceChildren(...Object.keys(facts.hardware || {}).map((name) => make("option", {}, name)));
   const device = (facts.device || "").toLowerCase();
-  $("hardware").value = Object.keys(facts.hardware || {}).find((name) => device.includes(name)) || "cpu";
+  $("hardware").value = Object.keys(facts.hardware || {}).find((name) => name === "this device" || device.includes(name)) || "cpu";
 }
 
 const READ = {
