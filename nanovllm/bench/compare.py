@@ -34,7 +34,16 @@ BOUNDARIES = (
     "environment.cores",
     "environment.gpus",
 )
-FIGURES = ("output_tok_s", "goodput_per_s", "ttft_ms.p50", "ttft_ms.p99", "tpot_ms.p50", "tpot_ms.p99", "e2e_ms.p50")
+FIGURES = (
+    "output_tok_s",
+    "goodput_per_s",
+    "ttft_ms.p50",
+    "ttft_ms.p99",
+    "tpot_ms.p50",
+    "tpot_ms.p99",
+    "e2e_ms.p50",
+    "joules_per_output_tok",
+)
 DEFAULT_MARGIN = 0.01  # a difference below this is not worth a verdict
 EQUAL_WITHIN = 0.05  # "equal" promises that the difference is smaller than this
 MIN_REPEATS = 3

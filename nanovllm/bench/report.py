@@ -35,6 +35,7 @@ FIGURES = (
     ("goodput_per_s", "requests/s within the SLO"),
     ("slo_attainment", "share within the SLO"),
     ("cost_per_million_output_tok", "cost per million output tokens"),
+    ("joules_per_output_tok", "joules per output token"),
     ("failed", "failed requests"),
     ("lag_ms.p99", "client's lag p99, ms"),
 )

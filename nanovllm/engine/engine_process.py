@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import msgspec
 import zmq
 
+from nanovllm.energy import EnergyMeter
 from nanovllm.engine.events import Event, SequencePreempted, StepCollected, StepDispatched
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.messages import (
@@ -217,6 +218,7 @@ class EngineProcess:
         facts = served.facts
         self._counters = Counters(counter_of(facts.spec, facts.dtype, facts.roofline), peak_of(facts.roofline))
         self._engine.events.listeners.append(self._counters)
+        self._energy = EnergyMeter()
         self._profile: Profile | None = None
         self._compiling: dict[tuple[bytes, int], Compiling] = {}  # by front end and handle: requests that wait for their grammar
         self._compiler = ThreadPoolExecutor(1, "nanovllm-grammars")
@@ -468,6 +470,7 @@ class EngineProcess:
             "num_prefix_hit_tokens": blocks.stats.num_hit_tokens,
             "num_prefix_evictions": blocks.stats.num_evictions,
             **{f"num_degraded_{reason}": number for reason, number in self._degradations.items()},
+            **{f"joules_{name}": joules for name, joules in self._energy.joules().items()},
             **self._counters.totals(),
         }
 

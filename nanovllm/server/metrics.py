@@ -313,6 +313,14 @@ def _of_engine(counts: Snapshot, stats: Mapping[str, Any], model_name: str, conf
             counter = CounterMetricFamily(name, text, labels=["model_name", "engine"])
             counter.add_metric([model_name, "0"], stats[key] * factor)
             yield counter
+    energy = CounterMetricFamily(
+        "nanovllm:energy_joules", "used by a device, by all programs", labels=["model_name", "engine", "device"]
+    )
+    for key, joules in stats.items():
+        if key.startswith("joules_"):
+            energy.add_metric([model_name, "0", key.removeprefix("joules_")], joules)
+    if energy.samples:
+        yield energy
     if "num_steps_up_to_1" in stats:
         yield _step_sizes(stats, model_name)
     text = "times that something became worse than asked for, by reason; the log has a line for each"
