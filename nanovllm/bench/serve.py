@@ -18,6 +18,7 @@ from nanovllm.bench.clients import send
 from nanovllm.bench.load import Row, Target, find_model
 from nanovllm.bench.record import command_line, write_record
 from nanovllm.bench.results import Slo, by_tenant, joules_of, result_table, summarize_repeat
+from nanovllm.bench.server_metrics import scrape, told
 from nanovllm.bench.workloads import Workload, shifted
 from nanovllm.energy import EnergyMeter
 from nanovllm.errors import ConfigError
@@ -66,6 +67,7 @@ class Run:
         self.rows: list[Row] = []
         self.seconds: list[float] = []
         self.warmup_s: list[float] = []
+        self.server: list[dict[str, Any]] = []  # what it told of each repeat, see `server_metrics.py`
         self.order: list[int] = []  # place of each repeat among all repeats of both sides
 
     def begin(self) -> None:
@@ -145,10 +147,12 @@ async def measure(plan: Plan, sides: Sequence[Side], tell: Callable[[str], None]
         run = runs[which]
         repeat = len(run.seconds)
         part = plan.part(repeat)
+        before = await scrape(sides[which].target)
         run.begin()
         rows, seconds = await send(sides[which].target, part, repeat)
         run.order.append(place)
         tell(describe_repeat(f"{sides[which].name} {repeat + 1}/{plan.repeats}", run.add(rows, seconds)))
+        run.server.append(await told(sides[which].target, before, rows))
     return runs
 
 
@@ -189,6 +193,7 @@ def write_serve_record(side: Side, run: Run, note: str, folder: Path) -> Path:
         command=command_line(),
         settings={**sending, **run.plan.settings},
         url=target.url,
+        server=run.server,
         note=note,
         **more,
         **run.content(),
