@@ -60,7 +60,7 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [  # title, unit, (legend
         "short",
         [
             ("running", "sum(vllm:num_requests_running)"),
-            ("waiting: {{reason}}", "sum by (reason) (vllm:num_requests_waiting_by_reason)"),
+            ("waiting: {{reason}}", "sum by (reason) (nanovllm:num_requests_waiting_by_reason)"),
         ],
     ),
     ("KV cache in use", "percentunit", [("{{instance}}", "vllm:kv_cache_usage_perc")]),

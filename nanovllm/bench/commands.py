@@ -2,7 +2,7 @@
 
 nanovllm bench offline --workload nano-vllm --set num_requests=16 --record mine
 nanovllm bench serve --url http://127.0.0.1:8000 --precision bfloat16 --workload poisson --set rate=10
-nanovllm bench check FILE | compare A B | report FILES | export FILE | kernels | workload NAME
+nanovllm bench check FILE | compare A B | report FILES | export FILE | kernels | workload --workload NAME
 """
 
 from __future__ import annotations

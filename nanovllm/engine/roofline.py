@@ -34,6 +34,7 @@ class Product(NamedTuple):
 class StepWork(NamedTuple):
     num_bytes: float
     num_operations: float
+    num_written: float = 0.0  # of the bytes: new keys and values
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,6 @@ class WorkCounter:
         self._kv_bytes = self.spec.kv_bytes_per_token(self.value_bytes)
 
     def count(self, batch: ScheduledBatch) -> StepWork:
-        """`StepWork` of a step: bytes, operations."""
         starts, lengths, samples, spec = batch.starts, batch.lengths, batch.sampled_chunks, self.spec
         num_tokens = sum(lengths)
         num_keys = sum(starts) + num_tokens
@@ -120,7 +120,8 @@ class WorkCounter:
             last_pairs = sum([starts[chunk] + lengths[chunk] for chunk in samples])
         common = self._known.get((num_tokens, len(samples))) or self._sum_up(num_tokens, len(samples))
         operations = attention_operations(spec, pairs, spec.num_layers - 1) + attention_operations(spec, last_pairs, 1)
-        return StepWork(common.num_bytes + num_keys * self._kv_bytes, common.num_operations + operations)
+        num_bytes = common.num_bytes + num_keys * self._kv_bytes
+        return StepWork(num_bytes, common.num_operations + operations, num_tokens * self._kv_bytes)
 
     def _sum_up(self, num_tokens: int, num_samples: int) -> StepWork:
         """All that does not depend on contexts."""

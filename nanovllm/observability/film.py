@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.engine_process import why_first_waits
 from nanovllm.engine.roofline import counter_of, peak_of
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import ConfigError
@@ -61,17 +62,8 @@ def snapshot(scheduler: Scheduler) -> dict[str, Any]:
 
 def _waiting(scheduler: Scheduler) -> Any:
     """(sequence, why it does not run): nobody overtakes the head of the queue, so only the head has a reason of its own."""
-    limits, running = scheduler.limits, len(scheduler.running)
     for place, sequence in enumerate(scheduler.waiting):
-        if place:
-            reason = "behind"
-        elif sequence.num_pending_tokens:
-            reason = "token"  # preempted while a token of it is in flight
-        elif not scheduler._free_rows or running >= min(limits.max_num_seqs, limits.max_num_batched_tokens):
-            reason = "rows"
-        else:
-            reason = "blocks" if scheduler._is_known_to_wait(sequence) else "next"  # has just come, or the budget was used up
-        yield sequence, reason
+        yield sequence, "behind" if place else why_first_waits(scheduler)
     for sequence in _siblings(scheduler):
         yield sequence, "sibling"
 
@@ -109,7 +101,7 @@ def add_costs(entries: list[Any], facts: Mapping[str, Any]) -> list[Any]:
     work = counter_of(facts.get("spec", {}), facts.get("dtype", ""), facts.get("roofline", {}))
     if work is None:
         return entries
-    return [[*entry, *work.count(ScheduledBatch(*entry[2:7]))] if entry[0] == "step" else entry for entry in entries]
+    return [[*entry, *work.count(ScheduledBatch(*entry[2:7]))[:2]] if entry[0] == "step" else entry for entry in entries]
 
 
 def hardware(roofline: Mapping[str, Any]) -> dict[str, tuple[float, float]]:

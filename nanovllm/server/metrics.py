@@ -60,6 +60,8 @@ COUNTERS = {  # name -> (help, label or None)
 }
 ENGINE_GAUGES = {  # name -> (help, key of `AsyncEngine.stats`)
     "vllm:num_requests_running": ("sequences in the running batch", "num_running"),
+    "nanovllm:kv_cache_free_blocks": ("KV blocks that nobody holds", "num_free_blocks"),
+    "nanovllm:max_admissible_tokens": ("longest prompt that would be admitted now", "max_admissible_tokens"),
     "nanovllm:device_peak_bytes_per_second": ("of the data sheet; measured on a CPU", "peak_bytes_per_s"),
     "nanovllm:device_peak_operations_per_second": ("of the data sheet; measured on a CPU", "peak_operations_per_s"),
     "nanovllm:engine_bandwidth_share": ("bytes per second of the last step, as a share of the device's peak", "bandwidth_share"),
@@ -69,6 +71,10 @@ ENGINE_COUNTERS = {  # name -> (help, key of `AsyncEngine.stats`, factor)
     "vllm:prefix_cache_queries": ("tokens looked up in the prefix cache", "num_prefix_queried_tokens", 1),
     "vllm:prefix_cache_hits": ("tokens found in the prefix cache", "num_prefix_hit_tokens", 1),
     "vllm:num_preemptions": ("sequences that gave their blocks back and started again", "num_preemptions", 1),
+    "vllm:corrupted_requests": ("completions that ended because of NaN or infinity", "num_nonfinite_logits", 1),
+    "vllm:estimated_flops_per_gpu": ("operations that steps had to do at least", "model_operations", 1),
+    "vllm:estimated_read_bytes_per_gpu": ("bytes of weights, keys and values that steps had to read", "read_bytes", 1),
+    "vllm:estimated_write_bytes_per_gpu": ("bytes of keys and values that steps had to write", "written_bytes", 1),
     "nanovllm:engine_steps": ("steps of the engine", "num_steps", 1),
     "nanovllm:engine_computed_tokens": ("tokens that went through the model", "num_computed_tokens", 1),
     "nanovllm:engine_forward_seconds": ("time that the steps spent on the device", "forward_ns", 1e-9),
@@ -295,9 +301,16 @@ def _of_engine(counts: Snapshot, stats: Mapping[str, Any], model_name: str, conf
         "vllm:num_requests_waiting", "completions that wait, in the front ends or in the engine", model_name, num_waiting
     )
     by_reason = GaugeMetricFamily("vllm:num_requests_waiting_by_reason", "why", labels=["model_name", "engine", "reason"])
-    by_reason.add_metric([model_name, "0", "capacity"], num_waiting)
-    by_reason.add_metric([model_name, "0", "deferred"], 0)
+    num_deferred = stats.get("num_waiting_grammar", 0)
+    by_reason.add_metric([model_name, "0", "capacity"], num_waiting - num_deferred)
+    by_reason.add_metric([model_name, "0", "deferred"], num_deferred)
     yield by_reason
+    reasons = {"door": num_queued, **{key: value for key, value in stats.items() if key.startswith("num_waiting_")}}
+    text = "door: max_num_seqs and a quarter are in the engine; there, by the reason of the first"
+    finer = GaugeMetricFamily("nanovllm:num_requests_waiting_by_reason", text, labels=["model_name", "engine", "reason"])
+    for reason, number in reasons.items():
+        finer.add_metric([model_name, "0", reason.removeprefix("num_waiting_")], number)
+    yield finer
     names = sorted(config)
     facts = GaugeMetricFamily("vllm:cache_config_info", "options of the engine", labels=["engine", *names])
     facts.add_metric(["0", *(str(config[name]) for name in names)], 1)
