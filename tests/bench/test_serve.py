@@ -118,8 +118,11 @@ def test_other_forms_reach_the_server(two_servers, form):
 def test_the_command_writes_a_complete_record(two_servers, tmp_path, capsys):
     options = ["--url", two_servers[0].url, "--workload", "fixed", "--set", "num_requests=3", "--set", "num_output=4"]
     options += ["--set", "vocabulary=40", "--set", "num_input=8", "--slo", "ttft=5s,tpot=1s", "--price-per-hour", "3.6"]
+    options += ["--print-effective-config"]
     assert bench(*options, "--client-processes", "2", "--api-key", "hush", "--record", "mine", "--folder", str(tmp_path)) == 0
-    path = Path(capsys.readouterr().out.splitlines()[-1])
+    out = capsys.readouterr().out
+    assert json.JSONDecoder().raw_decode(out)[0]["target"]["timeout_s"] == 600 and "hush" not in out
+    path = Path(out.splitlines()[-1])
     assert check_record(path) == []
     record = read_record(path)
     assert record["settings"]["client_processes"] == 2
@@ -172,13 +175,21 @@ def test_servers_10_percent_apart_are_found_in_abba_order(two_servers, tmp_path,
     a, b = two_servers
     options = ["--workload", "fixed", "--set", "num_requests=2", "--set", "num_output=5", "--set", "vocabulary=40"]
     options += ["--set", "num_input=8", "--repeats", "5", "--folder", str(tmp_path)]
-    assert bench("--url", a.url, "--abba", b.url, "--record", "planted", *options) == 0
-    verdicts = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines() if " B/A " in line}
+
+    def judge(name: str, other: str) -> dict[str, str]:
+        for _ in range(3):  # on a busy machine a verdict may be "unclear", which is right; the wrong word never is
+            assert bench("--url", a.url, "--abba", other, "--record", name, *options) == 0
+            lines = [line.split() for line in capsys.readouterr().out.splitlines() if " B/A " in line]
+            verdicts = {words[0]: words[-1] for words in lines}
+            if verdicts["tpot_ms.p50"] != "unclear":
+                break
+        return verdicts
+
+    verdicts = judge("planted", b.url)
     assert verdicts["tpot_ms.p50"] == "slower" and verdicts["output_tok_s"] in ("slower", "unclear")
-    records = [read_record(path) for path in sorted(tmp_path.glob("*.json"))]
+    records = [read_record(path) for path in sorted(tmp_path.glob("*planted-?.json"))]
     assert [record["order"] for record in records] == [[0, 3, 4, 7, 8], [1, 2, 5, 6, 9]]
-    assert bench("--url", a.url, "--abba", a.url, "--record", "same", *options) == 0
-    verdicts = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines() if " B/A " in line}
+    verdicts = judge("same", a.url)
     assert verdicts["tpot_ms.p50"] == "equal" and not {"faster", "slower"} & {verdicts["output_tok_s"], verdicts["e2e_ms.p50"]}
 
 
