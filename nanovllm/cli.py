@@ -320,6 +320,7 @@ def run_env(arguments: argparse.Namespace) -> int:
     import torch
 
     from nanovllm.attention.select import explain_backend
+    from nanovllm.energy import EnergyMeter
     from nanovllm.errors import ModelNotFound
     from nanovllm.loaders.checkpoint import find_demo
     from nanovllm.platforms.base import select_platform
@@ -335,6 +336,7 @@ def run_env(arguments: argparse.Namespace) -> int:
         ("memory", f"{memory.free / 2**30:.1f} GiB free of {memory.total / 2**30:.1f} GiB"),
         ("dtype", f"{str(device.default_dtype()).removeprefix('torch.')} (dtype='auto')"),
         ("attention", "{} ({})".format(*explain_backend(device.device))),
+        ("energy", EnergyMeter().describe()),
         ("repacked weights", "yes (oneDNN)" if device.device.type == "cpu" and torch.backends.mkldnn.is_available() else "no"),
     ]
     try:

@@ -70,6 +70,7 @@ class BuiltEngine:
     config: EngineConfig  # every "auto" decided
     spec: ModelSpec
     memory_plan: MemoryPlan
+    weight_bytes: float  # of one weight, mean over the model
     platform: Platform
     eos_token_ids: tuple[int, ...]
     grammar: Grammar | None
@@ -316,7 +317,8 @@ def build_engine(
         num_steps_ahead=config.num_steps_ahead or 0,
         seed=config.seed,
     )
-    return BuiltEngine(engine, config, spec, plan, platform, tuple(eos_token_ids), grammar, watch.laps)
+    weight_bytes = model.bytes_per_weight if is_compiled else dtype.itemsize
+    return BuiltEngine(engine, config, spec, plan, weight_bytes, platform, tuple(eos_token_ids), grammar, watch.laps)
 
 
 def make_model(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> Decoder | CompiledDecoder:

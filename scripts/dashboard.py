@@ -31,7 +31,12 @@ def mean(name: str) -> str:
     return f"{rate(f'{name}_sum')} / {rate(f'{name}_count')}"
 
 
-STEPS = "nanovllm:engine_steps_total"
+def share(work: str, peak: str) -> str:
+    """Of what the devices could have done in the time that they worked."""
+    return f"{rate(work)} / sum({peak} * on (instance, model_name) rate({DEVICE}[{RANGE}]))"
+
+
+STEPS, DEVICE = "nanovllm:engine_steps_total", "nanovllm:engine_forward_seconds_total"
 PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [  # title, unit, (legend, query)
     ("Time to first token", "s", quantiles("vllm:time_to_first_token_seconds")),
     (
@@ -55,7 +60,7 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [  # title, unit, (legend
         "short",
         [
             ("running", "sum(vllm:num_requests_running)"),
-            ("waiting: {{reason}}", "sum by (reason) (vllm:num_requests_waiting_by_reason)"),
+            ("waiting: {{reason}}", "sum by (reason) (nanovllm:num_requests_waiting_by_reason)"),
         ],
     ),
     ("KV cache in use", "percentunit", [("{{instance}}", "vllm:kv_cache_usage_perc")]),
@@ -76,9 +81,24 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [  # title, unit, (legend
         "Time per step",
         "s",
         [
-            ("device", f"{rate('nanovllm:engine_forward_seconds_total')} / {rate(STEPS)}"),
-            ("scheduling", f"{rate('nanovllm:engine_schedule_seconds_total')} / {rate(STEPS)}"),
+            ("device", f"{rate(DEVICE)} / {rate(STEPS)}"),
+            ("host: scheduling", f"{rate('nanovllm:engine_schedule_seconds_total')} / {rate(STEPS)}"),
+            ("host: applying", f"{rate('nanovllm:engine_apply_seconds_total')} / {rate(STEPS)}"),
         ],
+    ),
+    (
+        "Roofline: share of the device's peak",
+        "percentunit",
+        [
+            ("of the roof", f"{rate('nanovllm:engine_roof_seconds_total')} / {rate(DEVICE)}"),
+            ("bandwidth", share("nanovllm:engine_model_bytes_total", "nanovllm:device_peak_bytes_per_second")),
+            ("operations", share("nanovllm:engine_model_operations_total", "nanovllm:device_peak_operations_per_second")),
+        ],
+    ),
+    (
+        "Bytes per second while the device works",
+        "Bps",
+        [("moved", f"{rate('nanovllm:engine_model_bytes_total')} / {rate(DEVICE)}")],
     ),
     ("Tokens per step", "short", [("tokens", f"{rate('nanovllm:engine_computed_tokens_total')} / {rate(STEPS)}")]),
     ("HTTP responses per second", "reqps", [("{{status}}", rate("nanovllm:http_responses_total", "status"))]),

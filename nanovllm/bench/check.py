@@ -12,7 +12,7 @@ from typing import Any
 
 from nanovllm.bench.load import Row
 from nanovllm.bench.record import read_record, read_rows
-from nanovllm.bench.results import Slo, result_table, summarize_repeat
+from nanovllm.bench.results import Slo, joules_of, result_table, summarize_repeat
 from nanovllm.errors import ConfigError
 
 SCHEMA = "nanovllm.bench/1"
@@ -92,8 +92,9 @@ def _check_rows(path: Path, record: Mapping[str, Any]) -> list[str]:
             own = [row for row in rows if row.repeat == repeat]
             if len(own) != record["num_requests"]:
                 return [f"wrong field 'num_requests': {record['num_requests']}, but repeat {repeat} has {len(own)} rows"]
-            repeats.append(summarize_repeat(own, seconds, slo, record["settings"].get("price_per_hour")))
-    except (ConfigError, TypeError, ValueError) as error:
+            joules = joules_of(record.get("energy", {}), repeat)
+            repeats.append(summarize_repeat(own, seconds, slo, record["settings"].get("price_per_hour"), joules))
+    except (ConfigError, TypeError, ValueError, LookupError) as error:
         return [str(error)]
     computed = result_table(repeats)
     differing = sorted(

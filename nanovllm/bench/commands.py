@@ -2,7 +2,7 @@
 
 nanovllm bench offline --workload nano-vllm --set num_requests=16 --record mine
 nanovllm bench serve --url http://127.0.0.1:8000 --precision bfloat16 --workload poisson --set rate=10
-nanovllm bench check FILE | compare A B | report FILES | export FILE | kernels | workload NAME
+nanovllm bench check FILE | compare A B | report FILES | export FILE | kernels | workload --workload NAME
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def _add_plan_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--price-per-hour", type=float, help="of all that serves, for the cost of a million output tokens")
     verb.add_argument("--record", metavar="NAME", help="write <folder>/<date>-NAME.json and its rows")
     verb.add_argument("--folder", type=Path, default=RECORDS, help="of records (default: %(default)s)")
+    verb.add_argument("--print-effective-config", action="store_true", help="first print all that is fixed, defaults included")
     verb.add_argument("--note", default="", help="goes into the record: what else a reader must know")
 
 
@@ -133,6 +134,14 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     )
 
 
+def _print_config(arguments: argparse.Namespace, plan: Plan, **more: Any) -> None:
+    """What the figures will depend on, whether it was chosen or is a default."""
+    if arguments.print_effective_config:
+        fixed = {"workload": plan.workload.describe(), "settings": plan.settings, "repeats": plan.repeats}
+        warmup = {"repeats": plan.warmup_repeats, "requests": len(plan.part(-1).requests)}
+        print(json.dumps({**fixed, "warmup": warmup, **more}, indent=1))
+
+
 def _workload(arguments: argparse.Namespace) -> workloads.Workload:
     return workloads.make_workload(arguments.workload, arguments.seed_of_workload, **workloads.parse_parameters(arguments.set))
 
@@ -160,6 +169,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     sides = [(name, target)]
     if arguments.abba:
         sides = [(f"{name}-a", target), (f"{name}-b", dataclasses.replace(target, url=arguments.abba))]
+    _print_config(arguments, plan, target=dataclasses.asdict(dataclasses.replace(target, api_key=None)))
     opened, runs = run_serve_bench(plan, sides, arguments.precision, arguments.max_model_len)
     if arguments.record:
         paths = [write_serve_record(side, run, arguments.note, arguments.folder) for side, run in zip(opened, runs)]
@@ -183,6 +193,7 @@ def run_offline(arguments: argparse.Namespace) -> int:
     from nanovllm.llm import LLM
 
     with LLM(**_engine_options(arguments)) as llm:
+        _print_config(arguments, plan, max_model_len=llm.engine.max_model_len, engine=dataclasses.asdict(llm.config))
         run = offline.run_offline(llm, plan)
         if arguments.record:
             print(offline.write_offline_record(llm, run, arguments.record, arguments.note, arguments.folder))

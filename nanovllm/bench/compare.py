@@ -34,7 +34,16 @@ BOUNDARIES = (
     "environment.cores",
     "environment.gpus",
 )
-FIGURES = ("output_tok_s", "goodput_per_s", "ttft_ms.p50", "ttft_ms.p99", "tpot_ms.p50", "tpot_ms.p99", "e2e_ms.p50")
+FIGURES = (
+    "output_tok_s",
+    "goodput_per_s",
+    "ttft_ms.p50",
+    "ttft_ms.p99",
+    "tpot_ms.p50",
+    "tpot_ms.p99",
+    "e2e_ms.p50",
+    "joules_per_output_tok",
+)
 DEFAULT_MARGIN = 0.01  # a difference below this is not worth a verdict
 EQUAL_WITHIN = 0.05  # "equal" promises that the difference is smaller than this
 MIN_REPEATS = 3
@@ -119,7 +128,9 @@ def compare_figure(
     margin = DEFAULT_MARGIN if margin is None else margin
     if min(*a, *b) <= 0:  # goodput of zero, say: no ratio
         word = "equal" if list(a) == list(b) else "unclear"
-        return Verdict(figure, statistics.median(a), statistics.median(b), 1.0, 0.0, float("inf"), 0.0, margin, word)
+        left, right = statistics.median(a), statistics.median(b)
+        ratio = 1.0 if left == right else right / left if left else float("inf")
+        return Verdict(figure, left, right, ratio, 0.0, float("inf"), 0.0, margin, word)
     low, high, confidence = ratio_interval(a, b, alpha)
     ratios = sorted(right / left for left in a for right in b)
     word = _word(low, high, margin, figure.split(".")[0] in HIGHER_IS_BETTER)

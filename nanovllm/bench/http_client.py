@@ -81,14 +81,23 @@ async def stream(endpoint: Endpoint, data: bytes, timeout_s: float, keep_text: b
 
 async def get_json(endpoint: Endpoint, timeout_s: float = 30.0) -> Any:
     """Raises `ConfigError` when there is no server, or it answers with something else."""
+    try:
+        return json.loads(await get_text(endpoint, timeout_s))
+    except ValueError as problem:
+        raise _no_answer(endpoint, problem) from problem
+
+
+async def get_text(endpoint: Endpoint, timeout_s: float = 30.0) -> str:
+    """Raises `ConfigError` when there is no server, or it refuses."""
     reader = _BodyReader()
     error = await _exchange(endpoint, endpoint.head(None), reader, timeout_s)
-    try:
-        if error or reader.status != 200:
-            raise ValueError(error or f"status {reader.status}")
-        return json.loads(reader.body)
-    except ValueError as problem:
-        raise ConfigError(f"no answer from {endpoint.host}:{endpoint.port}{endpoint.path}: {problem}") from problem
+    if error or reader.status != 200:
+        raise _no_answer(endpoint, error or f"status {reader.status}")
+    return reader.body.decode(errors="replace")
+
+
+def _no_answer(endpoint: Endpoint, problem: object) -> ConfigError:
+    return ConfigError(f"no answer from {endpoint.host}:{endpoint.port}{endpoint.path}: {problem}")
 
 
 async def _exchange(endpoint: Endpoint, request: bytes, reader: _BodyReader, timeout_s: float) -> str:

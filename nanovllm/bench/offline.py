@@ -16,6 +16,7 @@ from nanovllm.bench.load import Row
 from nanovllm.bench.record import command_line, write_record
 from nanovllm.bench.serve import Plan, Run, describe_repeat
 from nanovllm.bench.workloads import Request, Workload
+from nanovllm.energy import EnergyMeter
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -24,13 +25,15 @@ if TYPE_CHECKING:
 
 
 def run_offline(llm: LLM, plan: Plan, name: str = "offline") -> Run:
-    run = Run(plan)
+    run = Run(plan, EnergyMeter())
     for number in range(plan.warmup_repeats):
         _, seconds = run_workload(llm, plan.part(-1 - number), 0)
         run.warmup_s.append(round(seconds, 3))
     for repeat in range(plan.repeats):
         run.order.append(repeat)
-        figures = run.add(*run_workload(llm, plan.part(repeat), repeat))
+        part = plan.part(repeat)
+        run.begin()
+        figures = run.add(*run_workload(llm, part, repeat))
         print(describe_repeat(f"{name} {repeat + 1}/{plan.repeats}", figures), flush=True)
     return run
 

@@ -35,6 +35,7 @@ FIGURES = (
     ("goodput_per_s", "requests/s within the SLO"),
     ("slo_attainment", "share within the SLO"),
     ("cost_per_million_output_tok", "cost per million output tokens"),
+    ("joules_per_output_tok", "joules per output token"),
     ("failed", "failed requests"),
     ("lag_ms.p99", "client's lag p99, ms"),
 )
@@ -54,7 +55,10 @@ td:first-child,th:first-child{text-align:left}th{background:#f3f3f3}.plots{displ
 def write_report(items: Sequence[Item], folder: Path) -> list[Path]:
     """Returns the paths of the Markdown and the HTML file."""
     folder.mkdir(parents=True, exist_ok=True)
-    tables, plots = [_boundary_table(items), _figure_table(items), *_verdicts(items), *_tenant_tables(items)], _plots(items)
+    tables, plots = (
+        [_boundary_table(items), _figure_table(items), *_ttft_tables(items), *_verdicts(items), *_tenant_tables(items)],
+        _plots(items),
+    )
     for name, svg in plots:
         (folder / f"{name}.svg").write_text(svg + "\n", encoding="utf-8")
     markdown, page = folder / "report.md", folder / "report.html"
@@ -108,6 +112,23 @@ def _figure(line: Mapping[str, Any] | None) -> str:
         if abs(line["median"]) < 1000
         else f"{line['median']:,.0f} ({line['spread']:.1%})"
     )
+
+
+def _ttft_tables(items: Sequence[Item]) -> list[Table]:
+    """Where the mean TTFT of each record's last repeat went, for those whose server told."""
+    told = [(name, record["server"][-1]) for name, record, _ in items if record.get("server")]
+    told = [(name, one) for name, one in told if "ttft_ms" in one]
+    if not told:
+        return []
+    names = list(dict.fromkeys(part for _, one in told for part in one.get("ttft_parts_ms", {})))
+    lines = [[part.replace("_", " "), *(_or_dash(one.get("ttft_parts_ms", {}).get(part)) for _, one in told)] for part in names]
+    lines += [["the server's TTFT", *(_or_dash(one["ttft_ms"]) for _, one in told)]]
+    lines += [["HTTP path and client", *(_or_dash(one["http_ms"]) for _, one in told)]]
+    return [("Where the mean TTFT went, ms", ["", *(name for name, _ in told)], lines)]
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.4g}"
 
 
 def _tenant_tables(items: Sequence[Item]) -> list[Table]:

@@ -68,8 +68,13 @@ def percentile(values: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def summarize_repeat(rows: Sequence[Row], seconds: float, slo: Slo, price_per_hour: float | None = None) -> dict[str, float]:
-    """The figures of one repeat, flat: "ttft_ms.p50" and so on. `price_per_hour`: of all that serves, any currency."""
+def summarize_repeat(
+    rows: Sequence[Row], seconds: float, slo: Slo, price_per_hour: float | None = None, joules: float | None = None
+) -> dict[str, float]:
+    """The figures of one repeat, flat: "ttft_ms.p50" and so on.
+
+    `price_per_hour`: of all that serves, any currency; `joules`: that the machine used.
+    """
     good = [row for row in rows if not row.error]
     num_output = sum(row.num_output for row in good)
     figures = {
@@ -91,7 +96,14 @@ def summarize_repeat(rows: Sequence[Row], seconds: float, slo: Slo, price_per_ho
         figures |= {"goodput_per_s": num_kept / seconds, "slo_attainment": num_kept / len(rows)}
     if price_per_hour is not None and num_output:
         figures["cost_per_million_output_tok"] = price_per_hour / 3600 * seconds / num_output * 1e6
+    if joules is not None and num_output:
+        figures["joules_per_output_tok"] = joules / num_output
     return {name: round(value, 4) for name, value in figures.items()}
+
+
+def joules_of(energy: Mapping[str, Any], repeat: int) -> float | None:
+    """Of all devices in one repeat; None where no device tells. `energy`: the field of a record."""
+    return sum(values[repeat] for values in energy["joules"].values()) if energy.get("joules") else None
 
 
 def result_table(repeats: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:

@@ -11,14 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from nanovllm.bench.check import SCHEMA
 from nanovllm.bench.clients import send
 from nanovllm.bench.load import Row, Target, find_model
 from nanovllm.bench.record import command_line, write_record
-from nanovllm.bench.results import Slo, by_tenant, result_table, summarize_repeat
+from nanovllm.bench.results import Slo, by_tenant, joules_of, result_table, summarize_repeat
+from nanovllm.bench.server_metrics import scrape, told
 from nanovllm.bench.workloads import Workload, shifted
+from nanovllm.energy import EnergyMeter
 from nanovllm.errors import ConfigError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,29 +57,42 @@ class Plan:
 
 
 class Run:
-    """The repeats of one side, as they come."""
+    """The repeats of one side, as they come. `meter`: of the machine that serves; a text: why there is none."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, meter: EnergyMeter | str) -> None:
         self.plan = plan
+        self._meter = meter
+        self._used: dict[str, float] = {}  # joules by device, when the repeat began
+        self.energy: dict[str, Any] = {"missing": meter} if isinstance(meter, str) else {"joules": {}, "missing": meter.missing}
         self.rows: list[Row] = []
         self.seconds: list[float] = []
         self.warmup_s: list[float] = []
+        self.server: list[dict[str, Any]] = []  # what it told of each repeat, see `server_metrics.py`
         self.order: list[int] = []  # place of each repeat among all repeats of both sides
 
+    def begin(self) -> None:
+        """A repeat begins; `add` ends it."""
+        if not isinstance(self._meter, str):
+            self._used = self._meter.joules()
+
     def add(self, rows: Sequence[Row], seconds: float) -> dict[str, float]:
+        if not isinstance(self._meter, str):
+            for name, joules in self._meter.joules().items():
+                self.energy["joules"].setdefault(name, []).append(round(joules - self._used[name], 3))
         seconds = round(seconds, 6)
         self.rows += rows
         self.seconds.append(seconds)
-        return self._summary(rows, seconds)
+        return self._summary(rows, len(self.seconds) - 1)
 
-    def _summary(self, rows: Sequence[Row], seconds: float) -> dict[str, float]:
-        return summarize_repeat(rows, seconds, self.plan.slo, self.plan.price_per_hour)
+    def _summary(self, rows: Sequence[Row], repeat: int) -> dict[str, float]:
+        joules = joules_of(self.energy, repeat)
+        return summarize_repeat(rows, self.seconds[repeat], self.plan.slo, self.plan.price_per_hour, joules)
 
     def content(self) -> dict[str, Any]:
         """The fields of the record that follow from what was measured."""
         plan, count = self.plan, len(self.plan.workload.requests)
         parts = [self.rows[start : start + count] for start in range(0, len(self.rows), count)]
-        table = result_table([self._summary(part, seconds) for part, seconds in zip(parts, self.seconds)])
+        table = result_table([self._summary(part, repeat) for repeat, part in enumerate(parts)])
         failed = [row for row in self.rows if row.error]
         status = f"failed: {len(failed)} of {len(self.rows)} requests, the first: {failed[0].error}" if failed else "ok"
         return {
@@ -89,6 +107,7 @@ class Run:
             "num_requests": count,
             "seconds": self.seconds,
             "order": self.order,
+            "energy": self.energy,
             "result_table": table,
             "tenants": by_tenant(parts[-1], self.seconds[-1], plan.slo),
         }
@@ -117,7 +136,9 @@ async def open_side(name: str, target: Target, precision: str, max_model_len: in
 
 async def measure(plan: Plan, sides: Sequence[Side], tell: Callable[[str], None] = print) -> list[Run]:
     """One run per side. Two sides take turns A B B A A B B A, so that a drift of the machine hits both alike."""
-    runs = [Run(plan) for _ in sides]
+    is_here = all(urlsplit(side.target.url).hostname in LOOPBACK for side in sides)
+    meter = EnergyMeter() if is_here else "the server is on another machine"
+    runs = [Run(plan, meter) for _ in sides]
     for side, run in zip(sides, runs):
         for number in range(plan.warmup_repeats):
             _, seconds = await send(side.target, plan.part(-1 - number))
@@ -125,9 +146,13 @@ async def measure(plan: Plan, sides: Sequence[Side], tell: Callable[[str], None]
     for place, which in enumerate(turns(plan.repeats, len(sides))):
         run = runs[which]
         repeat = len(run.seconds)
-        rows, seconds = await send(sides[which].target, plan.part(repeat), repeat)
+        part = plan.part(repeat)
+        before = await scrape(sides[which].target)
+        run.begin()
+        rows, seconds = await send(sides[which].target, part, repeat)
         run.order.append(place)
         tell(describe_repeat(f"{sides[which].name} {repeat + 1}/{plan.repeats}", run.add(rows, seconds)))
+        run.server.append(await told(sides[which].target, before, rows))
     return runs
 
 
@@ -168,6 +193,7 @@ def write_serve_record(side: Side, run: Run, note: str, folder: Path) -> Path:
         command=command_line(),
         settings={**sending, **run.plan.settings},
         url=target.url,
+        server=run.server,
         note=note,
         **more,
         **run.content(),

@@ -279,6 +279,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # the course's scenarios, at
     "tiny-random-online": ("poisson", {"num_requests": 24, "rate": 2.0, "num_input": 64, "num_output": 32}),
     "tiny-prefix-repetition-online": ("shared-prefix", {"num_requests": 24, "rate": 2.0, "document": 256, "num_output": 16}),
     "tiny-sharegpt-throughput": ("poisson", {"num_requests": 24, "rate": inf, "num_input": 64, "num_output": 32, "spread": 0.5}),
+    "tiny-instructcoder-online": (
+        "poisson",
+        {"num_requests": 24, "rate": 2.0, "num_input": 128, "num_output": 64, "spread": 0.5},
+    ),
+    "tiny-sonnet-throughput": (
+        "shared-prefix",
+        {"num_requests": 24, "rate": inf, "num_documents": 1, "document": 48, "question": 80, "num_output": 32},
+    ),
     "tiny-random-latency": ("fixed", {"num_requests": 1, "num_input": 64, "num_output": 32}),
 }
 NAMES = (*MAKERS, *PRESETS)

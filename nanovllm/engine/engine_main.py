@@ -38,6 +38,7 @@ def build(config: EngineConfig) -> ServedEngine:
     from nanovllm.llm import open_engine  # torch: with another builder this process does without
 
     built, tokenizer = open_engine(config, speaks_text=False)
+    peak = built.platform.peak(built.config.dtype)
     facts = EngineFacts(
         model=config.model,
         vocab_size=built.spec.vocab_size,
@@ -53,6 +54,7 @@ def build(config: EngineConfig) -> ServedEngine:
         config=dataclasses.asdict(built.config),
         pid=os.getpid(),
         spec=dataclasses.asdict(built.spec),
+        roofline={"weight_bytes": built.weight_bytes, "peak": peak and dataclasses.asdict(peak)},
     )
     return ServedEngine(built.engine, tokenizer, facts, built.grammar)
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import msgspec
 import zmq
 
+from nanovllm.energy import EnergyMeter
 from nanovllm.engine.events import Event, SequencePreempted, StepCollected, StepDispatched
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.messages import (
@@ -46,6 +47,8 @@ from nanovllm.engine.messages import (
     decode_for_engine,
     encode,
 )
+from nanovllm.engine.roofline import Peak, StepWork, WorkCounter, counter_of, peak_of
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import NONFINITE_LOGITS, NanoVllmError, RequestError
 from nanovllm.log import degraded, logger
@@ -58,6 +61,7 @@ SIGN_OF_LIFE_SECONDS = 1.0  # between two messages to a front end, at most
 RETRY_SECONDS = 0.02  # after a front end's queue was full
 MAX_STALL_SECONDS = 60.0  # without taking a message; then the front end's requests are aborted
 MAX_PROFILE_SECONDS = 60.0
+WAITING_REASONS = ("rows", "blocks", "token", "next", "grammar")  # next: has just come, or the step's budget was used up
 SHORTAGE_SECONDS = 60.0  # between two lines about a full KV cache, at least
 
 
@@ -142,7 +146,11 @@ class Compiling(NamedTuple):
 class Counters:
     """A listener that adds up what happened since the start. Times are nanoseconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: WorkCounter | None = None, peak: Peak | None = None) -> None:
+        self._count, self._peak = None if work is None else work.count, peak
+        self._works: dict[int, StepWork] = {}  # of steps in flight
+        self._last = StepWork(0.0, 0.0), 0  # the last step and its nanoseconds
+        self.model_bytes = self.model_operations = self.written_bytes = self.roof_ns = 0.0
         self.num_steps = self.num_generated_tokens = self.num_computed_tokens = self.num_preemptions = 0
         self.forward_ns = self.schedule_ns = self.apply_ns = 0
         self._told_time = -SHORTAGE_SECONDS
@@ -155,20 +163,48 @@ class Counters:
             self.num_generated_tokens += event.num_new_tokens
             self.forward_ns += event.forward_ns
             self.apply_ns += event.apply_ns
+            if self._count is not None:
+                self._add_work(self._works.pop(event.step, None), event.forward_ns)
             self.result_time = event.time - event.apply_ns * 1e-9
         elif isinstance(event, StepDispatched):
             self.num_computed_tokens += event.num_tokens
             self.schedule_ns += event.schedule_ns
             self._steps_by_size[bisect_left(STEP_SIZE_EDGES, event.num_tokens)] += 1
+            if self._count is not None:
+                self._works[event.step] = self._count(event.batch)
         elif isinstance(event, SequencePreempted):
             self.num_preemptions += 1
             if event.time - self._told_time >= SHORTAGE_SECONDS:
                 self._told_time = event.time
                 degraded("kv_cache_full", "%s is computed again; %d preemptions so far", event.request_id, self.num_preemptions)
 
+    def _add_work(self, work: StepWork | None, forward_ns: int) -> None:
+        if work is not None:
+            self._last = work, forward_ns
+            self.model_bytes += work.num_bytes
+            self.model_operations += work.num_operations
+            self.written_bytes += work.num_written
+            if self._peak is not None:
+                self.roof_ns += self._peak.roof_s(work) * 1e9
+
     def totals(self) -> dict[str, int | float]:
+        """Counts since the start; shares of the peak are of the last step, 0 to 1."""
         sizes = {f"num_steps_up_to_{edge}": number for edge, number in zip([*STEP_SIZE_EDGES, "inf"], self._steps_by_size)}
-        return {**{name: value for name, value in vars(self).items() if not name.startswith("_")}, **sizes}
+        totals = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        work, forward_ns = self._last
+        if self._count is None:
+            del totals["model_bytes"], totals["model_operations"], totals["written_bytes"]
+        else:
+            totals["read_bytes"] = self.model_bytes - self.written_bytes
+        if self._count is None or self._peak is None:
+            del totals["roof_ns"]
+            return {**totals, **sizes}
+        totals["peak_bytes_per_s"] = self._peak.bytes_per_s
+        totals["peak_operations_per_s"] = self._peak.operations_per_s
+        if forward_ns:
+            totals["bandwidth_share"] = work.num_bytes / self._peak.bytes_per_s / forward_ns * 1e9
+            totals["operations_share"] = work.num_operations / self._peak.operations_per_s / forward_ns * 1e9
+        return {**totals, **sizes}
 
 
 class EngineProcess:
@@ -184,8 +220,10 @@ class EngineProcess:
         self._gone: list[Frontend] = []  # found to be gone; what they sent before is still to be read
         self._requests: dict[str, OpenRequest] = {}  # by the engine's request id
         self._num_frontends = self._num_prompt_tokens = self._num_requests = self._num_nonfinite = 0
-        self._counters = Counters()
+        facts = served.facts
+        self._counters = Counters(counter_of(facts.spec, facts.dtype, facts.roofline), peak_of(facts.roofline))
         self._engine.events.listeners.append(self._counters)
+        self._energy = EnergyMeter()
         self._profile: Profile | None = None
         self._compiling: dict[tuple[bytes, int], Compiling] = {}  # by front end and handle: requests that wait for their grammar
         self._compiler = ThreadPoolExecutor(1, "nanovllm-grammars")
@@ -425,20 +463,30 @@ class EngineProcess:
         blocks = scheduler.block_manager
         return {
             "num_waiting": len(scheduler.waiting) + len(self._compiling),
+            **{f"num_waiting_{reason}": number for reason, number in self._waiting().items()},
             "num_running": len(scheduler.running),
             "num_requests": self._num_requests,
             "num_open_requests": len(self._requests),
             "num_frontends": len(self._frontends),
             "num_free_blocks": blocks.num_free_blocks,
             "num_kv_blocks": blocks.num_blocks,
+            "max_admissible_tokens": max_admissible_tokens(self._engine),
             "num_prompt_tokens": self._num_prompt_tokens,
             "num_nonfinite_logits": self._num_nonfinite,
             "num_prefix_queried_tokens": blocks.stats.num_queried_tokens,
             "num_prefix_hit_tokens": blocks.stats.num_hit_tokens,
             "num_prefix_evictions": blocks.stats.num_evictions,
             **{f"num_degraded_{reason}": number for reason, number in self._degradations.items()},
+            **{f"joules_{name}": joules for name, joules in self._energy.joules().items()},
             **self._counters.totals(),
         }
+
+    def _waiting(self) -> dict[str, int]:
+        """Sequences that wait in the engine, by the reason of the first: nobody overtakes it."""
+        counts = {**dict.fromkeys(WAITING_REASONS, 0), "grammar": len(self._compiling)}
+        if self._engine.scheduler.waiting:
+            counts[why_first_waits(self._engine.scheduler)] += len(self._engine.scheduler.waiting)
+        return counts
 
     def _set_limits(self, **limits: Any) -> dict[str, Any]:
         return dataclasses.asdict(self._engine.scheduler.set_limits(**limits))
@@ -514,6 +562,26 @@ def describe(sequence: Sequence) -> dict[str, Any]:
         "num_blocks": len(sequence.block_table),
         "block_ids": list(sequence.block_table),
     }
+
+
+def why_first_waits(scheduler: Scheduler) -> str:
+    """Of the head of the queue, or of who would be: one of `WAITING_REASONS`."""
+    limits, num_running = scheduler.limits, len(scheduler.running)
+    first = scheduler.waiting[0] if scheduler.waiting else None
+    if first is not None and first.num_pending_tokens:
+        return "token"
+    if not scheduler._free_rows or num_running >= min(limits.max_num_seqs, limits.max_num_batched_tokens):
+        return "rows"
+    return "blocks" if first is not None and scheduler._is_known_to_wait(first) else "next"
+
+
+def max_admissible_tokens(engine: LLMEngine) -> int:
+    """The longest prompt that would be admitted now, without what a prefix cache may give it."""
+    scheduler, blocks = engine.scheduler, engine.scheduler.block_manager
+    if why_first_waits(scheduler) == "rows":
+        return 0
+    reserve = int(scheduler.limits.watermark * blocks.num_blocks) if scheduler.running else 0
+    return min(max(0, blocks.num_free_blocks - reserve) * blocks.block_size, engine.max_model_len)
 
 
 def prompt_done_time(scheduled: float | None, result_time: float, first_token: float | None) -> float:

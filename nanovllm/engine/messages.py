@@ -39,6 +39,7 @@ class EngineFacts:
     config: dict[str, Any]  # the `EngineConfig`, every "auto" decided
     pid: int  # of the engine process
     spec: dict[str, Any] = field(default_factory=dict)  # the `ModelSpec`
+    roofline: dict[str, Any] = field(default_factory=dict)  # weight_bytes (of one weight, mean), peak (`Peak`, None: unknown)
     has_checkpoint: bool = False  # it keeps a journal: requests survive its crash
 
 

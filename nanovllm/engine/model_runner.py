@@ -8,8 +8,6 @@ does. Read next: `runner/inputs.py`, `models/decoder.py`.
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
@@ -23,7 +21,7 @@ from nanovllm.kernels.upload import upload
 from nanovllm.models.decoder import Decoder
 from nanovllm.runner.cuda_graphs import CudaGraphs, StepTensors
 from nanovllm.runner.inputs import StepInputs, build_inputs
-from nanovllm.runner.pending import PendingStep
+from nanovllm.runner.pending import PendingStep, begin_timing
 from nanovllm.runner.pooling import PromptPooling
 from nanovllm.runner.state import RowState
 from nanovllm.sampling.logprobs import BatchLogprobs, prompt_logprobs
@@ -58,7 +56,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> PendingStep:
         """Execute one step. Steps must come in order; each sees the tokens that the one before drew."""
-        started = time.perf_counter_ns()
+        started = begin_timing(self.state.token_ids.is_cuda)
         self._update_state(batch)
         asks_prompt = bool(self._prompt_logprobs) and not self._prompt_logprobs.keys().isdisjoint(batch.rows)
         pools = self._pooling.is_asked(batch.rows)
@@ -76,7 +74,7 @@ class ModelRunner:
                 pending.prompt_logprobs = self._score_prompts(batch, inputs, hidden)
             if pools:
                 pending.embeddings = self._pooling.pool(batch, inputs.query_start, hidden)
-        pending.forward_ns = time.perf_counter_ns() - started
+        pending.end_timing(started)
         return pending
 
     execute_model = run
@@ -113,10 +111,9 @@ class ModelRunner:
 
     def _draw(self, batch: ScheduledBatch, logits: Tensor) -> PendingStep:
         """Draw now; under grammars, which must have read the tokens before, when `PendingStep.draw` is called."""
-        pending = PendingStep(batch.step, held=lambda: self._draw_tokens(batch, logits))
-        if not batch.matchers:
-            pending.draw()
-        return pending
+        if batch.matchers:
+            return PendingStep(batch.step, held=lambda: self._draw_tokens(batch, logits))
+        return PendingStep(batch.step).send(*self._draw_tokens(batch, logits))
 
     @torch.inference_mode()
     def _draw_tokens(self, batch: ScheduledBatch, logits: Tensor) -> SampledTokens:

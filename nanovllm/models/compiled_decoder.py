@@ -152,6 +152,11 @@ class CompiledDecoder:
         """Of the packed weights."""
         return sum(matrix.num_bytes for matrix in self._matrices.values())
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """Mean over the packed weights, with their scales and padding."""
+        return self.num_bytes / sum(matrix.num_out * matrix.num_in for matrix in self._matrices.values())
+
     # --- running
 
     def __call__(self, input_ids: Tensor, context: ForwardContext) -> Tensor:

@@ -14,18 +14,19 @@ import dataclasses
 import resource
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.engine_process import why_first_waits
+from nanovllm.engine.roofline import counter_of, peak_of
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import ConfigError
-from nanovllm.model_spec import ModelSpec
 from nanovllm.observability.flight_recorder import FlightRecorder, _birth_of, _siblings
 from nanovllm.observability.replay import Replay, ReplayReport, read_record, run_record
-from nanovllm.simulation.cost import CostModel
 from nanovllm.simulation.hardware import PROFILES
 
 MAX_ENTRIES = 4000  # of one answer to a page
@@ -61,17 +62,8 @@ def snapshot(scheduler: Scheduler) -> dict[str, Any]:
 
 def _waiting(scheduler: Scheduler) -> Any:
     """(sequence, why it does not run): nobody overtakes the head of the queue, so only the head has a reason of its own."""
-    limits, running = scheduler.limits, len(scheduler.running)
     for place, sequence in enumerate(scheduler.waiting):
-        if place:
-            reason = "behind"
-        elif sequence.num_pending_tokens:
-            reason = "token"  # preempted while a token of it is in flight
-        elif not scheduler._free_rows or running >= min(limits.max_num_seqs, limits.max_num_batched_tokens):
-            reason = "rows"
-        else:
-            reason = "blocks" if scheduler._is_known_to_wait(sequence) else "next"  # has just come, or the budget was used up
-        yield sequence, reason
+        yield sequence, "behind" if place else why_first_waits(scheduler)
     for sequence in _siblings(scheduler):
         yield sequence, "sibling"
 
@@ -101,26 +93,22 @@ def _without_hashes(entry: Any) -> Any:
     return entry[:5] if entry[0] == "finish" else entry
 
 
-def add_costs(entries: list[Any], spec: dict[str, Any], dtype: str) -> list[Any]:
-    """Each step also with the bytes and operations that it takes at least, by the cost model. `spec` {}: as they are.
+def add_costs(entries: list[Any], facts: Mapping[str, Any]) -> list[Any]:
+    """Each step also with the bytes and operations that it takes at least; as they are where `facts` do not tell the model.
 
-    Weights and cache count 16 bits a value, or 32 for a `dtype` of float32; packed weights are not known here.
+    `facts`: the fields `spec`, `dtype` and `roofline` of `EngineFacts`, or what a record has of them.
     """
-    if not spec:
+    work = counter_of(facts.get("spec", {}), facts.get("dtype", ""), facts.get("roofline", {}))
+    if work is None:
         return entries
-    model = CostModel(msgspec.convert(spec, ModelSpec), PROFILES["cpu"], use_graphs=False)
-    size = 2 if dtype == "float32" else 1
-    return [_with_cost(entry, model, size) if entry[0] == "step" else entry for entry in entries]
+    return [[*entry, *work.count(ScheduledBatch(*entry[2:7]))[:2]] if entry[0] == "step" else entry for entry in entries]
 
 
-def _with_cost(entry: Any, model: CostModel, size: int) -> Any:
-    cost = model.step(ScheduledBatch(*entry[2:7]))
-    return [*entry, cost.num_bytes * size, cost.num_operations]
-
-
-def hardware() -> dict[str, tuple[float, float]]:
-    """Name -> (bytes per second, operations per second) of the data sheet."""
-    return {name: (profile.bandwidth, profile.flops) for name, profile in PROFILES.items()}
+def hardware(roofline: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Name -> (bytes per second, operations per second): this device, if its peak is known, and the simulator's profiles."""
+    peak = peak_of(roofline)
+    own = {} if peak is None else {"this device": (peak.bytes_per_s, peak.operations_per_s)}
+    return {**own, **{name: (profile.bandwidth, profile.flops) for name, profile in PROFILES.items()}}
 
 
 # --- of a flight record
@@ -184,10 +172,11 @@ def film_of(payload: bytes, name: str = "the file", policy: str | None = None) -
     facts = {**record.get("facts", {}), **{key: record[key] for key in ("num_blocks", "block_size", "num_rows", "policy")}}
     try:
         for frame in camera.frames:
-            frame["entries"] = add_costs(frame["entries"], facts.get("spec", {}), facts.get("dtype", ""))
-    except msgspec.ValidationError as error:
+            frame["entries"] = add_costs(frame["entries"], facts)
+        roofs = hardware(facts.get("roofline", {}))
+    except (msgspec.ValidationError, TypeError, AttributeError) as error:  # TypeError: fields of another kind
         raise ConfigError(f"{name} is damaged: {error}") from error
-    return {"film": 1, "report": str(report), "facts": {**facts, "hardware": hardware()}, "frames": camera.frames}
+    return {"film": 1, "report": str(report), "facts": {**facts, "hardware": roofs}, "frames": camera.frames}
 
 
 def write_film(path: str, record: str, policy: str | None = None) -> None:

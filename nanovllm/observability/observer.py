@@ -117,7 +117,8 @@ def build(
     observer = observe(served.engine, observability, model or served.facts.model or "model", joins=True)
     if observer.recorder is not None:
         facts = served.facts
-        observer.recorder.facts = {"model": model, "device": facts.device, "dtype": facts.dtype, "spec": facts.spec}
+        observer.recorder.facts = {name: getattr(facts, name) for name in ("device", "dtype", "spec", "roofline")}
+        observer.recorder.facts["model"] = model
     if observability.flight_recorder_steps and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR2, lambda number, frame: _on_signal(observer, number, frame))
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nanovllm.engine.roofline import Peak
 from nanovllm.errors import ConfigError
 
 
@@ -44,6 +45,10 @@ class Platform(Protocol):
         ...
 
     def describe(self) -> str: ...
+
+    def peak(self, dtype: str) -> Peak | None:
+        """What the device can do at most, computing in `dtype`; None: nobody knows."""
+        ...
 
 
 def select_platform(device: str) -> Platform:

@@ -6,17 +6,21 @@ import ctypes
 import math
 import mmap
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nanovllm.engine.roofline import Peak
 from nanovllm.log import logger
 from nanovllm.platforms.base import DeviceMemory
 from nanovllm.platforms.openmp import is_chosen
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt(3)
 KEEP_BYTES = 1 << 30
+PROBE_BYTES, PROBE_SIZE, PROBE_S = 128 << 20, 1024, 0.05
 
 
 class CpuPlatform:
@@ -58,6 +62,23 @@ class CpuPlatform:
 
     def describe(self) -> str:
         return f"CPU, {torch.get_num_threads()} threads"
+
+    def peak(self, dtype: str) -> Peak | None:
+        """Measured in a quarter of a second, with the threads that the engine has."""
+        values = self.zeros((PROBE_BYTES // 4,), torch.float32).fill_(1.0)  # more than a cache holds
+        matrix = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=getattr(torch, dtype))
+        bytes_per_s = PROBE_BYTES / _least_seconds(lambda: torch.dot(values, values))
+        return Peak(bytes_per_s, 2 * PROBE_SIZE**3 / _least_seconds(lambda: matrix @ matrix), "measured")
+
+
+def _least_seconds(work: Callable[[], object]) -> float:
+    """Of the runs that fit into `PROBE_S`, five at least: others' work on the machine only adds."""
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < PROBE_S:
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def usable_cores() -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import gpu_max_num_seqs
+from nanovllm.engine.roofline import Peak, find_peak
 from nanovllm.platforms.base import DeviceMemory
 
 
@@ -38,3 +39,7 @@ class CudaPlatform:
 
     def describe(self) -> str:
         return torch.cuda.get_device_name(self.device)
+
+    def peak(self, dtype: str) -> Peak | None:
+        """Of the data sheet, which is for 16 bits."""
+        return None if dtype == "float32" else find_peak(self.describe())

@@ -24,18 +24,25 @@ class PendingStep:
     held: Callable[[], SampledTokens] | None = None  # the draw, which waits for what its grammars must read first
     token_ids: Tensor = NOTHING  # [num_samples] int64, on the host or on its way there
     logprobs: BatchLogprobs | None = None
-    arrived: Any = None  # None: it is there
     prompt_logprobs: dict[int, list[BatchLogprobs]] = field(default_factory=dict)
     embeddings: dict[int, Tensor] = field(default_factory=dict)
     forward_ns: int = 0
+    spans: list[tuple[Any, Any]] = field(default_factory=list)  # of a GPU's work on it: events at begin and end
+
+    def end_timing(self, started: Any) -> None:
+        """The work that began with `started`, of `begin_timing`, has been done, or is in the stream of a GPU."""
+        if isinstance(started, int):
+            self.forward_ns += time.perf_counter_ns() - started
+        else:
+            self.spans.append((started, record_event()))
 
     def draw(self) -> None:
         """Start the draw, if it is still to come. Every token before this step must have been shown to its matchers."""
         if self.held is not None:
-            started = time.perf_counter_ns()
+            started = begin_timing(bool(self.spans))
             held, self.held = self.held, None
             self.send(*held())
-            self.forward_ns += time.perf_counter_ns() - started
+            self.end_timing(started)
 
     def send(self, token_ids: Tensor, logprobs: BatchLogprobs | None = None) -> PendingStep:
         """Start the copy of the drawn tokens to the host. Waits for nothing."""
@@ -43,15 +50,14 @@ class PendingStep:
         if token_ids.is_cuda:
             self.token_ids = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
             self.token_ids.copy_(token_ids, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
         return self
 
     def result(self) -> StepResult:
         """Wait for the device, and bring everything to the host."""
         self.draw()
-        if self.arrived is not None:
-            self.arrived.synchronize()
+        if self.spans:
+            self.spans[-1][1].synchronize()
+            self.forward_ns = sum(round(started.elapsed_time(ended) * 1e6) for started, ended in self.spans)
         return StepResult(
             step=self.step,
             token_ids=self.token_ids.unsqueeze(1).tolist(),
@@ -60,6 +66,17 @@ class PendingStep:
             embeddings={chunk: vector.tolist() for chunk, vector in self.embeddings.items()},
             forward_ns=self.forward_ns,
         )
+
+
+def begin_timing(on_gpu: bool) -> Any:
+    """Nanoseconds of the host, or an event in the stream: a GPU's time is its own, and the host is ahead of it."""
+    return record_event() if on_gpu else time.perf_counter_ns()
+
+
+def record_event() -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _to_host(parts: list[BatchLogprobs]) -> list[PositionLogprobs]:

@@ -116,7 +116,7 @@ async def inspector(request: Request) -> Response:
     if after is not None and not (after.isascii() and after.isdigit() and len(after) <= 15):
         raise BadField("after", f"after={after[:32]!r} must be the cursor of an earlier answer")
     news = await _ask_recorder(request, "inspector", after=None if after is None else int(after))
-    news["entries"] = add_costs(news["entries"], facts.spec, facts.dtype)
+    news["entries"] = add_costs(news["entries"], {"spec": facts.spec, "dtype": facts.dtype, "roofline": facts.roofline})
     if news["is_first"]:
         sizes = {"num_blocks": facts.num_kv_blocks, "block_size": facts.block_size, "num_rows": facts.max_num_seqs}
         news["facts"] = {
@@ -124,7 +124,7 @@ async def inspector(request: Request) -> Response:
             "device": facts.device,
             "dtype": facts.dtype,
             **sizes,
-            "hardware": hardware(),
+            "hardware": hardware(facts.roofline),
         }
     return json_response({**news, "door": server.admission.num_waiting})
 

@@ -58,15 +58,31 @@ COUNTERS = {  # name -> (help, label or None)
     "nanovllm:requests_refused": ("requests that were not served, by reason", "reason"),
     "nanovllm:http_responses": ("HTTP responses, by status", "status"),
 }
-ENGINE_GAUGES = {"vllm:num_requests_running": ("sequences in the running batch", "num_running")}
+ENGINE_GAUGES = {  # name -> (help, key of `AsyncEngine.stats`)
+    "vllm:num_requests_running": ("sequences in the running batch", "num_running"),
+    "nanovllm:kv_cache_free_blocks": ("KV blocks that nobody holds", "num_free_blocks"),
+    "nanovllm:max_admissible_tokens": ("longest prompt that would be admitted now", "max_admissible_tokens"),
+    "nanovllm:device_peak_bytes_per_second": ("of the data sheet; measured on a CPU", "peak_bytes_per_s"),
+    "nanovllm:device_peak_operations_per_second": ("of the data sheet; measured on a CPU", "peak_operations_per_s"),
+    "nanovllm:engine_bandwidth_share": ("bytes per second of the last step, as a share of the device's peak", "bandwidth_share"),
+    "nanovllm:engine_operations_share": ("operations per second of the last step, as a share of the peak", "operations_share"),
+}
 ENGINE_COUNTERS = {  # name -> (help, key of `AsyncEngine.stats`, factor)
     "vllm:prefix_cache_queries": ("tokens looked up in the prefix cache", "num_prefix_queried_tokens", 1),
     "vllm:prefix_cache_hits": ("tokens found in the prefix cache", "num_prefix_hit_tokens", 1),
     "vllm:num_preemptions": ("sequences that gave their blocks back and started again", "num_preemptions", 1),
+    "vllm:corrupted_requests": ("completions that ended because of NaN or infinity", "num_nonfinite_logits", 1),
+    "vllm:estimated_flops_per_gpu": ("operations that steps had to do at least", "model_operations", 1),
+    "vllm:estimated_read_bytes_per_gpu": ("bytes of weights, keys and values that steps had to read", "read_bytes", 1),
+    "vllm:estimated_write_bytes_per_gpu": ("bytes of keys and values that steps had to write", "written_bytes", 1),
     "nanovllm:engine_steps": ("steps of the engine", "num_steps", 1),
     "nanovllm:engine_computed_tokens": ("tokens that went through the model", "num_computed_tokens", 1),
     "nanovllm:engine_forward_seconds": ("time that the steps spent on the device", "forward_ns", 1e-9),
-    "nanovllm:engine_schedule_seconds": ("time that the scheduler took", "schedule_ns", 1e-9),
+    "nanovllm:engine_schedule_seconds": ("host time of deciding what a step computes", "schedule_ns", 1e-9),
+    "nanovllm:engine_apply_seconds": ("host time of appending tokens, stopping and publishing blocks", "apply_ns", 1e-9),
+    "nanovllm:engine_model_bytes": ("bytes of weights, keys and values that steps had to move at least", "model_bytes", 1),
+    "nanovllm:engine_model_operations": ("operations that steps had to do at least", "model_operations", 1),
+    "nanovllm:engine_roof_seconds": ("least time of the same steps at the device's peak", "roof_ns", 1e-9),
     "nanovllm:nonfinite_logits": ("completions that ended because the model computed NaN or infinity", "num_nonfinite_logits", 1),
     "nanovllm:prefix_cache_evictions": ("cached blocks that were overwritten", "num_prefix_evictions", 1),
 }
@@ -285,9 +301,16 @@ def _of_engine(counts: Snapshot, stats: Mapping[str, Any], model_name: str, conf
         "vllm:num_requests_waiting", "completions that wait, in the front ends or in the engine", model_name, num_waiting
     )
     by_reason = GaugeMetricFamily("vllm:num_requests_waiting_by_reason", "why", labels=["model_name", "engine", "reason"])
-    by_reason.add_metric([model_name, "0", "capacity"], num_waiting)
-    by_reason.add_metric([model_name, "0", "deferred"], 0)
+    num_deferred = stats.get("num_waiting_grammar", 0)
+    by_reason.add_metric([model_name, "0", "capacity"], num_waiting - num_deferred)
+    by_reason.add_metric([model_name, "0", "deferred"], num_deferred)
     yield by_reason
+    reasons = {"door": num_queued, **{key: value for key, value in stats.items() if key.startswith("num_waiting_")}}
+    text = "door: max_num_seqs and a quarter are in the engine; there, by the reason of the first"
+    finer = GaugeMetricFamily("nanovllm:num_requests_waiting_by_reason", text, labels=["model_name", "engine", "reason"])
+    for reason, number in reasons.items():
+        finer.add_metric([model_name, "0", reason.removeprefix("num_waiting_")], number)
+    yield finer
     names = sorted(config)
     facts = GaugeMetricFamily("vllm:cache_config_info", "options of the engine", labels=["engine", *names])
     facts.add_metric(["0", *(str(config[name]) for name in names)], 1)
@@ -303,6 +326,14 @@ def _of_engine(counts: Snapshot, stats: Mapping[str, Any], model_name: str, conf
             counter = CounterMetricFamily(name, text, labels=["model_name", "engine"])
             counter.add_metric([model_name, "0"], stats[key] * factor)
             yield counter
+    energy = CounterMetricFamily(
+        "nanovllm:energy_joules", "used by a device, by all programs", labels=["model_name", "engine", "device"]
+    )
+    for key, joules in stats.items():
+        if key.startswith("joules_"):
+            energy.add_metric([model_name, "0", key.removeprefix("joules_")], joules)
+    if energy.samples:
+        yield energy
     if "num_steps_up_to_1" in stats:
         yield _step_sizes(stats, model_name)
     text = "times that something became worse than asked for, by reason; the log has a line for each"

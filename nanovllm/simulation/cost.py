@@ -12,7 +12,7 @@ at the bandwidth that streams reach, or its operations at the matrix rate:
 A graph replay has the fixed shapes of its bucket, and padding costs as much as tokens do; `decode_sizes` and
 `mixed_sizes` are those of `runner/cuda_graphs.py` (which imports torch; a test compares them). The last layer of a step
 with prompts computes keys and values for all tokens and the rest for those that draw. What does not depend on contexts
-is computed once per bucket. Knows no clock. Read next: `executor.py`.
+is computed once per bucket. What is counted is in `engine/roofline.py`. Knows no clock. Read next: `executor.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.roofline import attention_operations, layer_products, output_product
 from nanovllm.model_spec import ModelSpec
 from nanovllm.simulation.hardware import Hardware
 
@@ -126,7 +127,7 @@ class CostModel:
             else:
                 num_prompt_keys += start + length
                 pairs += length * (start + 0.5 * length + tile_keys)
-        operations = 4.0 * spec.total_num_heads * spec.head_dim * pairs * (spec.num_layers - 1)
+        operations = attention_operations(spec, pairs, spec.num_layers - 1)
         prompt_bytes = num_prompt_keys * self._kv_bytes
         seconds = known.seconds + max(operations / self.attention_rate, prompt_bytes / self.bandwidth)
         seconds += num_keys * self._kv_bytes / self.bandwidth
@@ -156,7 +157,7 @@ class CostModel:
         else:
             self._add_layers(total, spec.num_layers - 1, num_tokens, num_tokens)
             self._add_layers(total, 1, num_tokens, num_samples)
-        self._add_product(total, 1, num_samples, spec.hidden_size, spec.vocab_size)
+        self._add_product(total, 1, *output_product(spec, num_samples))
         logit_s = shares.greedy_logit_s if self.is_greedy else shares.logit_s
         total.add(1, shares.elementwise_s + num_samples * spec.vocab_size * logit_s)
         # The kernels for one token are launched before the one ahead of them has ended: no gaps.
@@ -169,12 +170,10 @@ class CostModel:
     def _add_layers(self, total: _Sum, count: int, num_tokens: int, num_needed: int) -> None:
         """`count` layers. `num_needed`: tokens that go on after their keys and values are written."""
         spec, shares = self.spec, self.hardware.calibration
-        query, kv = spec.total_num_heads * spec.head_dim, spec.total_num_kv_heads * spec.head_dim
-        self._add_product(total, count, num_tokens, spec.hidden_size, query + 2 * kv)
-        self._add_product(total, count, num_needed, query, spec.hidden_size)
-        self._add_product(total, count, num_needed, spec.hidden_size, 2 * spec.intermediate_size)
-        self._add_product(total, count, num_needed, spec.intermediate_size, spec.hidden_size)
+        for product in layer_products(spec, num_tokens, num_needed):
+            self._add_product(total, count, *product)
         total.add(count, shares.attention_s)
+        query, kv = spec.total_num_heads * spec.head_dim, spec.total_num_kv_heads * spec.head_dim
         self._add_elementwise(total, count, num_tokens, 2 * (query + 2 * kv))
         if not (num_tokens == 1 and self.use_graphs):  # else they are inside the products
             self._add_elementwise(total, count, num_tokens, 4 * spec.hidden_size)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nanovllm.engine.roofline import DATA_SHEETS
 from nanovllm.errors import ConfigError, did_you_mean
 
 GB = 1 << 30  # what data sheets call a GB of a card is one of these, nearly
@@ -105,19 +106,19 @@ CPU_CALIBRATION = Calibration(
 )
 
 
-def _card(name: str, gigabytes: float, bandwidth: float, flops: float, is_calibrated: bool = False) -> Hardware:
-    return Hardware(name, int(gigabytes * GB), bandwidth, flops, H200_CALIBRATION, is_calibrated)
+def _card(name: str, gigabytes: float, is_calibrated: bool = False) -> Hardware:
+    return Hardware(name, int(gigabytes * GB), *DATA_SHEETS[name], H200_CALIBRATION, is_calibrated)
 
 
 PROFILES: dict[str, Hardware] = {
     profile.name: profile
     for profile in (
-        _card("a10g", 24, 600e9, 70e12),
-        _card("l4", 24, 300e9, 121e12),
-        _card("a100", 80, 2039e9, 312e12),  # SXM, 80 GB
-        _card("h100", 80, 3350e9, 989e12),  # SXM
-        _card("h200", 141, 4800e9, 989e12, is_calibrated=True),
-        _card("rtx4090", 24, 1008e9, 165e12),
+        _card("a10g", 24),
+        _card("l4", 24),
+        _card("a100", 80),
+        _card("h100", 80),
+        _card("h200", 141, is_calibrated=True),
+        _card("rtx4090", 24),
         # Two cores of an AMD EPYC; the two rates are measured, as no data sheet speaks of two cores.
         Hardware("cpu", 16 * GB, 35e9, 500e9, CPU_CALIBRATION, False, False, 0, 16, 2048),
     )

@@ -82,10 +82,18 @@ def test_the_offline_command_writes_a_complete_record(tmp_path, capsys):
     ]
     model = write_tiny_model(tmp_path / "tiny")
     engine = ["--model", str(model), "--max-model-len", "128", "--kv-cache-memory-bytes", str(2**25), "--num-threads", "1"]
-    assert main(["bench", "offline", *options, *engine, "--record", "small", "--folder", str(tmp_path)]) == 0
-    path = Path(capsys.readouterr().out.splitlines()[-1])
+    assert (
+        main(["bench", "offline", *options, *engine, "--record", "small", "--folder", str(tmp_path), "--print-effective-config"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    fixed, _ = json.JSONDecoder().raw_decode(out)
+    assert fixed["workload"]["parameters"]["longest"] == 8 and fixed["engine"]["max_num_batched_tokens"] == 2048
+    path = Path(out.splitlines()[-1])
     assert check_record(path) == []
     record = read_record(path)
+    energy = record["energy"]
+    assert energy["joules"] or len(energy["missing"]) == 2  # a figure, or why there is none
     assert (record["kind"], record["max_model_len"], record["settings"]["engine"]["num_threads"]) == ("offline", 128, 1)
     assert main(["bench", "export", str(path), "--format", "leaderboard"]) == 0  # an engine knows its memory
     assert json.loads(capsys.readouterr().out)["metrics"]["peak_mem_mb"] > 1

@@ -29,6 +29,7 @@ from nanovllm.bench.results import Slo, percentile, result_table, summarize_repe
 from nanovllm.bench.serve import Plan, Run, turns
 from nanovllm.bench.workloads import make_workload
 from nanovllm.cli import main
+from nanovllm.energy import EnergyMeter
 from nanovllm.errors import ConfigError
 
 NUM_REQUESTS = 6
@@ -42,14 +43,22 @@ def make_row(repeat: int, index: int, factor: float = 1.0, **changes: Any) -> Ro
 
 
 def make_record(
-    folder: Path, name: str = "one", noise: float = 0.0, factor: float = 1.0, repeats: int = 5, seed: int = 0, **changes
+    folder: Path,
+    name: str = "one",
+    noise: float = 0.0,
+    factor: float = 1.0,
+    repeats: int = 5,
+    seed: int = 0,
+    meter: EnergyMeter | str = "nobody counts",
+    **changes,
 ):
     """A record as `bench serve` writes it, of a run that never was."""
     rng = random.Random(seed)
     workload = make_workload("fixed", num_requests=NUM_REQUESTS, num_input=8, num_output=4)
-    run = Run(Plan(workload, repeats=repeats, slo=Slo(ttft_ms=52.5)))
+    run = Run(Plan(workload, repeats=repeats, slo=Slo(ttft_ms=52.5)), meter)
     for repeat in range(repeats):
         slowness = factor * (1 + rng.gauss(0, noise))
+        run.begin()
         run.add([make_row(repeat, index, slowness) for index in range(NUM_REQUESTS)], 2.0 * slowness)
     fields = {
         "kind": "serve",
@@ -173,6 +182,30 @@ def test_rows_that_were_changed_are_found(tmp_path):
     rows = path.with_name(read_record(path)["logs"]["rows"])
     rows.write_bytes(rows.read_bytes()[:-1] + b"x")
     assert "checksum differs" in check_record(path)[0]
+
+
+def test_energy_is_part_of_the_figures_and_of_their_check(tmp_path):
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    for file, text in (("name", "package-0"), ("energy_uj", "0"), ("max_energy_range_uj", "262143328850")):
+        (zone / file).write_text(text)
+
+    class Busy(EnergyMeter):
+        """Of a processor that uses 12 J between two readings."""
+
+        def joules(self):
+            (zone / "energy_uj").write_text(str(int((zone / "energy_uj").read_text()) + 12_000_000))
+            return super().joules()
+
+    path = make_record(tmp_path, meter=Busy(tmp_path, "no-nvml.so"))
+    record = read_record(path)
+    assert record["energy"]["joules"] == {"package-0": [12.0] * 5} and "no-nvml.so" in record["energy"]["missing"][0]
+    assert record["result_table"]["joules_per_output_tok"]["repeats"] == [12.0 / (NUM_REQUESTS * 4)] * 5
+    assert check_record(path) == []
+    edit(path, lambda record: record["energy"]["joules"]["package-0"].__setitem__(2, 6.0))
+    assert check_record(path) == ["wrong field 'result_table': joules_per_output_tok do not follow from the rows"]
+    without = read_record(make_record(tmp_path, "without"))
+    assert without["energy"] == {"missing": "nobody counts"} and "joules_per_output_tok" not in without["result_table"]
 
 
 def test_a_record_is_never_written_over_another(tmp_path):

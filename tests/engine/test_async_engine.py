@@ -491,7 +491,8 @@ class TestStreams:
             await asyncio.sleep(0.1)
             waiting = asyncio.ensure_future(finish(service.engine, [5], FOREVER))
             await asyncio.sleep(0.05)
-            assert (await service.engine.stats())["num_waiting"] == 1
+            stats = await service.engine.stats()
+            assert stats["num_waiting"] == stats["num_waiting_rows"] == 1
             waiting.cancel()
 
             async def is_gone() -> bool:
@@ -994,6 +995,16 @@ class TestGrammarsAreCompiledBesideTheLoop:
         longest, took, output = grammars.run(test(grammars.engine))
         assert 0.9 < took < 5 and longest < 0.5
         assert output.token_ids == naive_generate([1, 2], 5)
+
+    def test_it_counts_as_waiting_for_its_grammar(self, grammars):
+        async def count(engine: AsyncEngine) -> list[int | float]:
+            task = asyncio.ensure_future(finish(engine, [1, 2], greedy(5, structured=StructuredOutput("regex", "counted"))))
+            await asyncio.sleep(0.2)
+            during = await engine.stats()
+            await task
+            return [stats["num_waiting_grammar"] for stats in (during, await engine.stats())]
+
+        assert grammars.run(count(grammars.engine)) == [1, 0]
 
     def test_an_idle_loop_wakes_up_for_it(self, grammars):
         begun = time.monotonic()

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from support import assert_nothing_is_held, drain, greedy, make_engine, make_scheduler, naive_generate
 
+from nanovllm.engine.engine_process import max_admissible_tokens, why_first_waits
 from nanovllm.engine.policy import PrefillFirst
 from nanovllm.errors import ConfigError
 
@@ -42,6 +43,31 @@ def test_every_sequence_may_be_chunked_not_just_the_first():
         engine.add_request([start] * 20, greedy(1))
     engine.step()
     assert lengths_of(engine) == [[6, 6, 4]]
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_the_longest_prompt_that_is_admissible_is_admitted_and_one_token_more_is_not(others):
+    def engine():
+        made = make_engine(num_blocks=20, block_size=4, watermark=0.2, num_steps_ahead=0, prefix_caching=False, max_num_seqs=2)
+        for _ in range(others):
+            made.add_request([1] * 13, greedy(40))
+            made.step()
+        return made
+
+    longest = max_admissible_tokens(engine())
+    assert longest == (4 * (20 - 4 - 4) if others else 80)  # of the others, four blocks; of the watermark, four
+    for length, is_admitted in ((longest, True), (longest + 1, False)):
+        if length < engine().max_model_len:
+            made = engine()
+            made.add_request([2] * length, greedy(1))
+            made.scheduler.schedule()
+            assert (not made.scheduler.waiting) == is_admitted, length
+            assert is_admitted or why_first_waits(made.scheduler) == "blocks"
+    made = engine()
+    for _ in range(2 - others):
+        made.add_request([3], greedy(20))
+        made.step()
+    assert max_admissible_tokens(made) == 0 and why_first_waits(made.scheduler) == "rows"
 
 
 def test_admission_leaves_the_watermark_free_but_never_blocks_an_idle_engine():

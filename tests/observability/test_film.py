@@ -15,7 +15,7 @@ from support import make_engine, make_scheduler
 from nanovllm.cli import main
 from nanovllm.engine.events import StepDispatched
 from nanovllm.errors import ConfigError
-from nanovllm.observability.film import add_costs, film_of, news, snapshot
+from nanovllm.observability.film import add_costs, film_of, hardware, news, snapshot
 from nanovllm.observability.flight_recorder import FlightRecorder
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.simulation.shapes import find_shape
@@ -133,13 +133,23 @@ def test_news_come_once_and_begin_with_those_who_are_there():
 def test_costs_are_those_of_the_weights_and_the_cache():
     spec = find_shape("smollm2-135m")
     step = ["step", 0.0, 7, [0], [99], [1], [0], 0, 1, 9, 1000]
-    (cost,) = add_costs([step], dataclasses.asdict(spec), "bfloat16")
+    facts = {"spec": dataclasses.asdict(spec), "dtype": "bfloat16"}
+    (cost,) = add_costs([step], facts)
     num_weights = spec.num_parameters  # tied: the output projection is the embedding, which is read once
     assert cost[:11] == step
     assert cost[11] == pytest.approx(2 * num_weights + 100 * spec.kv_bytes_per_token(2), rel=0.02)
-    assert cost[12] == pytest.approx(2 * num_weights, rel=0.02)
-    assert add_costs([step], dataclasses.asdict(spec), "float32")[0][11] == 2 * cost[11]
-    assert add_costs([step], {}, "bfloat16") == [step]
+    attention = spec.num_layers * 100 * 4 * spec.total_num_heads * spec.head_dim
+    assert cost[12] == pytest.approx(2 * num_weights + attention, rel=0.02)
+    assert add_costs([step], {**facts, "dtype": "float32"})[0][11] == 2 * cost[11]
+    (packed,) = add_costs([step], {**facts, "roofline": {"weight_bytes": 0.5}})
+    assert packed[11] == pytest.approx(0.5 * num_weights + 100 * spec.kv_bytes_per_token(2), rel=0.02)
+    assert add_costs([step], {}) == [step]
+
+
+def test_the_roof_of_the_device_comes_first_where_it_is_known():
+    peak = {"bytes_per_s": 5e9, "operations_per_s": 7e9, "source": "measured"}
+    assert next(iter(hardware({"peak": peak}).items())) == ("this device", (5e9, 7e9))
+    assert hardware({}) == hardware({"peak": None}) and "this device" not in hardware({}) and "cpu" in hardware({})
 
 
 def test_the_record_of_the_lecture_shows_what_the_lecture_says():

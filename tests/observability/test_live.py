@@ -168,6 +168,13 @@ def test_the_parts_of_ttft_add_up_in_record_trace_and_metrics_alike(run, collect
         attributes = attributes_of(spans[request_id])
         assert attributes["gen_ai.server.time_to_first_token"] == pytest.approx(value["ttft_ms"] / 1e3, rel=0.01)
         assert sum(attributes[f"nanovllm.ttft.{part}"] for part in TTFT_PARTS) == pytest.approx(value["ttft_ms"] / 1e3, rel=0.01)
+        (decode,) = [
+            span for span in all_spans(collector) if span.parent_span_id == spans[request_id].span_id and span.name == "decode"
+        ]
+        seconds = (decode.end_time_unix_nano - decode.start_time_unix_nano) / 1e9
+        assert seconds / (attributes["gen_ai.usage.output_tokens"] - 1) == pytest.approx(value["tpot_ms"] / 1e3, rel=0.01)
+    parts = sum(total(f"nanovllm:ttft_{part}_seconds") for part in TTFT_PARTS)
+    assert parts == pytest.approx(total("vllm:time_to_first_token_seconds"), rel=0.01)
 
 
 def all_spans(collector):

@@ -287,6 +287,30 @@ def test_the_three_calls_of_the_course():
     assert len(trace.seconds_between("decode_step_begin", "decode_step_end")) == 2 and len(seen) == 4
 
 
+def test_with_nobody_listening_a_step_asks_a_handful_of_times_and_makes_no_event():
+    """benchmarks/observe_cost.py says what one such test costs: some nanoseconds."""
+
+    class Asked(list):
+        times = 0
+
+        def __len__(self):
+            self.times += 1
+            return 0
+
+        def __iter__(self):
+            raise AssertionError("an event was made")
+
+    engine = make_engine()
+    engine.events.listeners = asked = Asked()
+    for number in range(4):
+        engine.add_request([number] * 9, greedy(30))
+    num_steps, asked.times = 0, 0
+    while engine.has_work:
+        engine.step()
+        num_steps += 1
+    assert num_steps >= 30 and 2 * num_steps <= asked.times <= 6 * num_steps
+
+
 def test_the_engine_reaches_no_observability():
     engine = Path(__file__).parent.parent.parent / "nanovllm" / "engine"
     assert not [

@@ -81,18 +81,27 @@ def test_lines_of_the_engine_come_from_its_stats():
         "num_kv_blocks": 100,
         "num_preemptions": 7,
         "forward_ns": 2e9,
+        "joules_package-0": 7.5,
     }
     stats |= {"num_prefix_queried_tokens": 50, "num_prefix_hit_tokens": 20}
     stats |= {f"num_steps_up_to_{edge}": 0 for edge in [*STEP_SIZE_EDGES, "inf"]}
     stats |= {"num_steps_up_to_1": 3, "num_steps_up_to_256": 4, "num_steps_up_to_inf": 2, "num_computed_tokens": 90_000}
+    stats |= {"num_waiting_rows": 1, "num_waiting_blocks": 0, "num_waiting_grammar": 1}
+    stats |= {"model_bytes": 100.0, "read_bytes": 90.0, "written_bytes": 10.0, "max_admissible_tokens": 64}
     counts = Metrics(100).counts
     counts.gauges = {"requests_queued": 5}
     found = {f.name: f for f in text_string_to_metric_families(render(counts, stats, "m", {"block_size": 4}).decode())}
     assert not [name for name in VLLM_ENGINE_NAMES if f"vllm:{name}" not in found]
     assert value(found, "vllm:num_requests_waiting") == 7 and value(found, "vllm:num_requests_running") == 3
+    waiting = "num_requests_waiting_by_reason"
+    assert [value(found, f"vllm:{waiting}", reason=reason) for reason in ("capacity", "deferred")] == [6, 1]
+    reasons = {sample.labels["reason"]: sample.value for sample in found[f"nanovllm:{waiting}"].samples}
+    assert reasons == {"door": 5, "rows": 1, "blocks": 0, "grammar": 1}
+    assert value(found, "vllm:estimated_write_bytes_per_gpu", "_total") == 10
     assert value(found, "vllm:kv_cache_usage_perc") == 0.75
     assert value(found, "vllm:num_preemptions", "_total") == 7
     assert value(found, "nanovllm:engine_forward_seconds", "_total") == 2
+    assert value(found, "nanovllm:energy_joules", "_total", device="package-0") == 7.5
     assert value(found, "vllm:cache_config_info", block_size="4") == 1
     sizes = "vllm:iteration_tokens_total"
     assert [value(found, sizes, "_bucket", le=edge) for edge in ("128.0", "256.0", "16384.0", "+Inf")] == [3, 7, 7, 9]
@@ -101,6 +110,7 @@ def test_lines_of_the_engine_come_from_its_stats():
 
 def test_a_dead_engine_has_no_lines_and_does_not_break_the_others():
     found = {f.name: f for f in text_string_to_metric_families(render(Metrics(100).counts, {}, "m", {}).decode())}
+    assert "nanovllm:energy_joules" not in found  # no device tells
     assert "vllm:num_requests_running" not in found and "vllm:request_success" in found
 
 

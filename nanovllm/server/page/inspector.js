@@ -10,7 +10,7 @@ const TEXT = {  // name: [English, Chinese]
   first: ["First step", "第一步"], back: ["One step back", "后退一步"], play: ["Play or pause", "播放或暂停"], next: ["One step on", "前进一步"], last: ["Last step", "最后一步"],
   place: ["Place in the film", "位置"], speed: ["Steps per second", "每秒步数"], step: ["Step", "步"], queue: ["Queue, by reason", "队列（按原因）"], running: ["Running", "运行中"],
   sequence: ["sequence", "序列"], row: ["row", "行"], progress: ["cached | computed | known", "命中 | 已算 | 已知"], chunk: ["this step", "本步"], blocks: ["blocks", "块"],
-  kv: ["KV blocks", "KV 块"], roofline: ["Roofline", "屋顶线"], hardware: ["Roof of", "硬件"], requests: ["Requests", "请求"], latency: ["Latency", "延迟"],
+  kv: ["KV blocks", "KV 块"], roofline: ["Roofline", "屋顶线"], hardware: ["Roof of", "硬件"], thisDevice: ["this device", "本设备"], requests: ["Requests", "请求"], latency: ["Latency", "延迟"],
   waits: ["waits", "等待"], prompt: ["prompt", "提示"], decode: ["decode", "解码"], preempted: ["preempted", "被抢占"], noData: ["not in this file", "此文件中没有"], nobody: ["nobody waits", "无人等待"],
   waiting: ["waiting", "等待"], tokens: ["tokens in step", "本步词元"], ms: ["forward, ms", "前向，毫秒"], rate: ["output tokens/s", "输出词元/秒"], free: ["free blocks", "空闲块"],
   hits: ["prefix hits", "前缀命中"], preemptions: ["preemptions", "抢占"], evictions: ["evictions", "逐出"],
@@ -51,9 +51,9 @@ const show = (value) => value >= 100 ? value.toFixed(0) : value >= 10 ? value.to
 let film;
 function begin(facts, source, isLive = false) {
   film = { facts, source, isLive, frames: [], steps: [], sequences: new Map(), rows: new Map(), flying: new Map(), preempted: [], tokens: [], place: -1, chosen: null, start: Infinity };
-  $("hardware").replaceChildren(...Object.keys(facts.hardware || {}).map((name) => make("option", {}, name)));
+  $("hardware").replaceChildren(...Object.keys(facts.hardware || {}).map((name) => name === "this device" ? make("option", { value: name, "data-text": "thisDevice" }, say("thisDevice")) : make("option", {}, name)));
   const device = (facts.device || "").toLowerCase();
-  $("hardware").value = Object.keys(facts.hardware || {}).find((name) => device.includes(name)) || "cpu";
+  $("hardware").value = Object.keys(facts.hardware || {}).find((name) => name === "this device" || device.includes(name)) || "cpu";
 }
 
 const READ = {
