@@ -110,7 +110,6 @@ class Gate:
         scope["app"] = self.owner
         state = scope.setdefault("state", {})
         state["arrived"], state["request_id"] = time.monotonic(), self._request_id(scope["headers"])
-        state["send"] = send  # for what no layer looks at: the middle of a stream
         ended: float | None = None  # when the last byte was sent
         counts = not scope["path"].startswith(("/admin/", *NEVER_REFUSED))
         self.server.num_open += counts
@@ -129,7 +128,6 @@ class Gate:
             await answer_errors(self._admit, scope, receive, watch)
         finally:
             self.server.num_open -= counts
-            del state["send"]  # it knows the scope: a circle would wait for the garbage collector
             if "gone" in state:
                 state["gone"].cancel()
             self._log(scope, status)

@@ -349,12 +349,11 @@ class EventStream(Response):
             await self._events.aclose()  # type: ignore[attr-defined]
 
     async def _pump(self, send: Any) -> None:
-        send_event = self._request.scope["state"]["send"]  # past the layers, which look at the start and the end
         async for event in self._events:
             if not self._has_begun:
                 self._has_begun = True
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send_event({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": event, "more_body": True})
         if not self._has_begun:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
