@@ -67,7 +67,10 @@ class JsonLines(logging.Formatter):
 
 
 def configure_logging(level: str = "INFO") -> None:
-    """Send the package's log lines to standard error, in the form that NANOVLLM_LOG_FORMAT names."""
+    """Send the package's log lines to standard error, in the form that NANOVLLM_LOG_FORMAT names.
+
+    As JSON also what libraries say that nobody has given a handler, warnings included.
+    """
     is_json = os.environ.get(FORMAT_VARIABLE) == "json"
     handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -75,3 +78,8 @@ def configure_logging(level: str = "INFO") -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False
+    if is_json:
+        others = logging.lastResort = logging.StreamHandler()
+        others.setFormatter(JsonLines())
+        others.setLevel(logging.WARNING)
+        logging.captureWarnings(True)

@@ -198,6 +198,12 @@ def serve_parser():
     return commands.choices["serve"]
 
 
+def test_the_unit_gives_no_rights():
+    lines = set((DEPLOY / "systemd/nanovllm.service").read_text(encoding="utf-8").splitlines())
+    wanted = {"DynamicUser=yes", "CapabilityBoundingSet=", "NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=yes"}
+    assert wanted | {"PrivateTmp=yes", "UMask=0077", "RestrictSUIDSGID=yes"} <= lines
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_the_unit_passes_systemds_own_check(tmp_path):
     text = (DEPLOY / "systemd/nanovllm.service").read_text(encoding="utf-8")

@@ -91,6 +91,7 @@ class _Client:
         answer = await self._stdout.read()
         if not answer:
             raise await self._failure()
+        await self._process.wait()  # or `close` might kill one that has ended, which asyncio warns of
         return msgspec.json.decode(answer, type=tuple[list[Row], float])
 
     async def _failure(self) -> NanoVllmError:

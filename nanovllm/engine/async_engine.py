@@ -53,7 +53,7 @@ Result = TypeVar("Result")
 class LiveRequest:
     """One request under way. Its reader sleeps in `news`."""
 
-    __slots__ = ("_waiter", "completions", "embedding", "error", "handle", "has_news", "num_unfinished", "output")
+    __slots__ = ("_loop", "_waiter", "completions", "embedding", "error", "handle", "has_news", "num_unfinished", "output")
 
     def __init__(self, handle: int, output: GenerationOutput) -> None:
         self.handle = handle
@@ -63,12 +63,13 @@ class LiveRequest:
         self.embedding: list[float] | None = None
         self.error: NanoVllmError | None = None
         self.has_news = False
+        self._loop = asyncio.get_running_loop()  # asking for it each time is a call of the system
         self._waiter: asyncio.Future[None] | None = None
 
     async def news(self) -> None:
         """Wait until the output has grown since the last call. Raises what ended the request."""
         if not self.has_news:
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             await self._waiter
         self.has_news = False
         if self.error is not None:

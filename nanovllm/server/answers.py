@@ -68,9 +68,13 @@ def _fingerprint(*facts: str) -> str:
 def begin(
     server: Server, request: Request, prompts: Sequence[list[int]], params: SamplingParams, body: Any, identity: Identity
 ) -> list[Outputs]:
-    """One stream per prompt; nothing happens before they are read. Raises `BadField` when an answer might be too large."""
+    """One stream per prompt; nothing happens before they are read. Raises `BadField` for what is too much at once."""
     if params.n > server.options.max_n:
         raise BadField("n", f"n={params.n} is more than max_n={server.options.max_n}")
+    num_completions, most = len(prompts) * params.n, server.admission.capacity + server.admission.max_queued
+    if len(prompts) > 1 and num_completions > most:  # no 429: waiting would not help
+        text = f"{len(prompts)} prompts of n={params.n} are {num_completions} completions; {most} are the engine and its queue"
+        raise BadField("n" if params.n > 1 else "prompt", f"{text} (max_queued_requests)")
     _check_candidates(server, prompts, params)
     priority, salt = getattr(body, "priority", None) or 0, getattr(body, "cache_salt", None)
     is_named = getattr(body, "request_id", None) is not None  # by the client; other names are unique by themselves

@@ -296,11 +296,21 @@ MESSAGES = [
         user_profile_id="they belong to another service",
         workspace_id="they belong to another service",
         betas="they belong to another service",
+        output_format="replaced by `output_config`",
     ),
 ]
 
 _COUNTED = ("model", "messages", "system", "tools", "tool_choice", "thinking", "output_config")
-_NOT_COUNTED = ("cache_control", "speed", "user_profile_id", "workspace_id", "mcp_servers", "context_management", "betas")
+_NOT_COUNTED = (
+    "cache_control",
+    "speed",
+    "user_profile_id",
+    "workspace_id",
+    "mcp_servers",
+    "context_management",
+    "betas",
+    "output_format",
+)
 COUNT_TOKENS = [field for field in MESSAGES if field.name in (*_COUNTED, *_NOT_COUNTED)]
 
 ENDPOINTS: Mapping[str, list[Field]] = {

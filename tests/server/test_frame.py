@@ -196,6 +196,21 @@ def test_an_embedding_waits_no_longer_than_a_completion(place):
         frame.assert_nothing_is_held()
 
 
+def test_a_stream_that_has_ended_leaves_nothing_of_its_answer_to_the_garbage_collector(frame):
+    frame.run(stream=True)
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        frame.run(stream=True)
+        frame.wait_until(lambda: frame.server.num_open == 0)
+        gc.collect()
+        kinds = {type(one).__name__ for one in gc.garbage}
+        assert not kinds & {"RequestResponseCycle", "GenerationOutput", "RequestRecord", "Task"}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+
+
 # --- drain and death
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 
 from live_server import live_server, write_tiny_model
 
@@ -16,12 +17,16 @@ def test_every_line_of_a_server_is_an_object(tmp_path):
     with live_server("--model", str(model), *options) as server:
         assert server.post("/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 2}).status == 200
         assert server.get("/nothing/here").status == 404
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
+            connection.sendall(b"NONSENSE\r\n\r\n")
+            assert b" 400 " in connection.recv(1000)
     lines = [json.loads(line) for line in server.log if line.strip()]
     assert all(line["level"] in ("INFO", "WARNING") and line["time"] > 1.7e9 for line in lines)
     requests = {line["path"]: line for line in lines if "path" in line}
     assert requests["/v1/completions"]["status"] == 200 and requests["/v1/completions"]["completions"]
     assert requests["/nothing/here"]["status"] == 404
     assert not [line for line in lines if "message" in line and '"path"' in line["message"]]  # not a second time as a text
+    assert any("Invalid HTTP request" in line.get("message", "") for line in lines)  # a library's word
     assert any("memory plan" in line.get("message", "") for line in lines)  # of the engine's process
 
 

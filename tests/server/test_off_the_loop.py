@@ -11,11 +11,13 @@ import pytest
 
 from nanovllm.errors import InvalidSamplingParams
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server import conversation, responses
+from nanovllm.server import conversation, prompts, responses
+from nanovllm.server.admission import Admission
 from nanovllm.server.answers import begin
 from nanovllm.server.conversation import begin_conversation
 from nanovllm.server.errors import BadField
 from nanovllm.server.options import ServerOptions
+from nanovllm.server.params import make_params
 from nanovllm.server.protocol import ChatMessage, FunctionTool, TemplateFields, Tool
 from nanovllm.server.responses_protocol import ResponsesRequest
 
@@ -68,6 +70,39 @@ def test_items_are_counted_before_they_are_read():
         responses._messages(server, ResponsesRequest(input=[{"nonsense": 1}] * 4))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": ["x"] * 65},
+        {"stop": ["x" * 1025]},
+        {"bad_words": ["x"] * 1025},
+        {"bad_words": ["x" * 1025]},
+        {"stop_token_ids": [1] * (2**18 + 1)},
+        {"allowed_token_ids": [1] * (2**18 + 1)},
+        {"logit_bias": dict.fromkeys(map(str, range(2**18 + 1)), 1.0)},
+    ],
+    ids=str,
+)
+def test_lists_of_strings_and_token_ids_are_bounded(fields):
+    (name,) = fields
+    with pytest.raises(BadField, match=f"^{name} (has|holds)") as caught:
+        make_params(SimpleNamespace(**fields))
+    assert caught.value.param == name
+
+
+def test_messages_tools_and_prompts_are_counted():
+    server: Any = SimpleNamespace(options=ServerOptions(max_messages=3, max_tools=2, max_prompts_per_request=4))
+    for read, items, limit, field in (
+        (prompts.plain_messages, [ChatMessage(role="user", content="a")] * 4, "max_messages=3", "messages"),
+        (prompts.plain_tools, [Tool(function=FunctionTool(name=name)) for name in "abc"], "max_tools=2", "tools"),
+        (lambda server, items: prompts.read_prompts(server, items, "prompt"), ["a"] * 5, "max_prompts_per_request=4", "prompt"),
+    ):
+        assert len(read(server, items[:-1])) == len(items) - 1
+        with pytest.raises(BadField, match=limit) as caught:
+            read(server, items)
+        assert caught.value.param == field
+
+
 def test_stop_strings_are_bounded_together():
     """Each of their characters is a state that the front end keeps."""
     SamplingParams(stop=["x" * 1024] * 8)
@@ -80,3 +115,11 @@ def test_the_servers_own_limit_of_n_is_kept():
     with pytest.raises(BadField, match="max_n=3") as caught:
         begin(server, None, [[1]], SamplingParams(n=4), None, None)  # type: ignore[arg-type]
     assert caught.value.param == "n"
+
+
+def test_completions_that_would_never_find_a_place_together_are_no_matter_of_waiting():
+    server: Any = SimpleNamespace(options=ServerOptions(), admission=Admission(capacity=4, max_queued=5))
+    for params, field in ((SamplingParams(n=5), "n"), (SamplingParams(), "prompt")):
+        with pytest.raises(BadField, match="10 completions; 9 are the engine and its queue") as caught:
+            begin(server, None, [[1]] * (10 // params.n), params, None, None)  # type: ignore[arg-type]
+        assert caught.value.param == field

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import importlib
 import json
 import logging
-import re
 import time
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from server_frame import ROUTES, RunRequest, read_all, serving
 
 import nanovllm
 from nanovllm.errors import ConfigError
-from nanovllm.server import admin
-from nanovllm.server.app import create_app
+from nanovllm.server import admin, page
+from nanovllm.server.app import ENDPOINT_MODULES, create_app
 from nanovllm.server.auth import Key, Keyring, _digest
 from nanovllm.server.body import parse
 from nanovllm.server.errors import BadField
@@ -61,6 +62,17 @@ def test_every_route_but_the_probes_asks_for_a_key(frame, path):
     for method in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE"):
         assert frame.request(method, path).status == 401
     assert frame.get(path, authorization="Bearer sk-wrong-123").status == 401
+
+
+def test_of_all_endpoints_only_the_probes_and_the_files_of_the_chat_page_are_open(frame):
+    """Whatever a module declares: the endpoints are those of a real server, the answers those of the layer before them."""
+    routes = [route for name in ENDPOINT_MODULES for route in importlib.import_module(f"nanovllm.server.{name}").routes]
+    assert len(routes) > 20
+    for route in routes:
+        open_methods = {method for method in ("GET", "POST", "DELETE") if frame.request(method, route.path).status != 401}
+        is_file = route.path in page.open_paths
+        expected = {"GET"} if is_file else {"GET", "POST", "DELETE"} if route.path in ("/health", "/ready") else set()
+        assert open_methods == expected, route.path
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])
@@ -141,9 +153,7 @@ TRICKS = [
 @pytest.mark.parametrize("line", TRICKS, ids=lambda line: line.decode("latin-1"))
 def test_no_spelling_of_a_path_gets_around_the_key(frame, line):
     answer = frame.raw(line + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n", wait=5)
-    body = answer.partition(b"\r\n\r\n")[2]
-    assert b'"version"' not in body
-    assert status_of(answer) in (400, 401, 404, 405) or (body == b'{"status":"ok"}' and b"health" in line)
+    assert status_of(answer) == 200 if b"http://localhost/health " in line else status_of(answer) in (400, 401)
 
 
 @pytest.mark.parametrize(
@@ -600,11 +610,19 @@ def test_a_key_file_with_a_mistake_is_refused(tmp_path, text, message):
 # --- trust
 
 
-def test_the_server_has_no_pickle_no_eval_and_reads_the_environment_for_keys_alone():
-    for path in (PACKAGE / "server").rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        assert not re.search(r"\b(pickle|marshal|shelve|cloudpickle|eval\(|exec\(|torch\.load|__import__)", text), path
-        assert not re.search(r"os\.environ|getenv", text) or path.name == "auth.py", path
+def test_nothing_is_unpickled_or_evaluated_and_the_server_reads_the_environment_for_keys_alone():
+    """Looked for in the syntax trees, so that words in messages do not count."""
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imports |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not names & {"eval", "exec", "__import__"}, path
+        assert not imports & {"pickle", "marshal", "shelve", "cloudpickle", "dill", "joblib"}, path
+        assert not attributes & {"torch.load", "torch.hub.load", "numpy.load", "np.load"}, path
+        if "server" in path.parts:
+            assert not attributes & {"os.environ", "os.getenv"} or path.name == "auth.py", path
 
 
 @pytest.mark.parametrize(
