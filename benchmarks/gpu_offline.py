@@ -5,7 +5,8 @@
 Lines: nano-vllm's benchmark (256 requests, seed 0, prompts shifted between repeats so that the prefix cache cannot
 help), time per token of one stream, time to first token of 512- and 8,192-token prompts, prompt tokens per second of
 64 prompts of 2,048 tokens. Random weights, made here by name and seed: no checkpoint is needed, and random data is
-slower than zeros, as real data is. Floors: bytes and operations of the shape over the measured ceilings of the card.
+slower than zeros, as real data is.
+Floors: `gpu_floor.py`.
 """
 
 from __future__ import annotations
@@ -78,7 +79,11 @@ def seconds(engine: LLMEngine, prompts: list[list[int]], params: list[SamplingPa
     return time.perf_counter() - start
 
 
-def measure(engine: LLMEngine, repeats: int) -> dict[str, dict]:
+Seconds = Callable[[LLMEngine, list[list[int]], list[SamplingParams]], float]
+
+
+def measure(engine: LLMEngine, repeats: int, run: Seconds = seconds) -> dict[str, dict]:
+    """`run`: the seconds that prompts with their params take; `gpu_floor.py` has another."""
     rng = Random(0)
 
     def prompt(length: int) -> list[int]:
@@ -91,18 +96,18 @@ def measure(engine: LLMEngine, repeats: int) -> dict[str, dict]:
     params = [sampling(rng.randint(100, 1024)) for _ in range(256)]
     num_output = sum(one.max_tokens or 0 for one in params)
     shifted = [[[(token + 7 * number) % 10_000 for token in one] for one in prompts] for number in range(repeats)]
-    seconds(engine, [prompt(300) for _ in range(64)], [sampling(32)] * 64)  # warm up
-    results = {"benchmark_output_tok_s": repeat(lambda number: num_output / seconds(engine, shifted[number], params))}
+    run(engine, [prompt(300) for _ in range(64)], [sampling(32)] * 64)  # warm up
+    results = {"benchmark_output_tok_s": repeat(lambda number: num_output / run(engine, shifted[number], params))}
 
     def time_per_token(_: int) -> float:
-        short = statistics.median(seconds(engine, [prompt(128)], [sampling(33)]) for _ in range(3))
-        return (seconds(engine, [prompt(128)], [sampling(545)]) - short) / 512 * 1e3
+        short = statistics.median(run(engine, [prompt(128)], [sampling(33)]) for _ in range(3))
+        return (run(engine, [prompt(128)], [sampling(545)]) - short) / 512 * 1e3
 
     results["one_stream_ms_per_token"] = repeat(time_per_token)
     for length in (512, 8192):
-        results[f"ttft_{length}_ms"] = repeat(lambda _, n=length: seconds(engine, [prompt(n)], [sampling(1)]) * 1e3)
+        results[f"ttft_{length}_ms"] = repeat(lambda _, n=length: run(engine, [prompt(n)], [sampling(1)]) * 1e3)
     many = [[prompt(2048) for _ in range(64)] for _ in range(repeats)]
-    results["prompt_tok_s_64x2048"] = repeat(lambda number: 64 * 2048 / seconds(engine, many[number], [sampling(1)] * 64))
+    results["prompt_tok_s_64x2048"] = repeat(lambda number: 64 * 2048 / run(engine, many[number], [sampling(1)] * 64))
     return results
 
 
