@@ -25,6 +25,7 @@ import torch
 from nanovllm import SamplingParams
 from nanovllm.bench.record import summary, write_record
 from nanovllm.config import EngineConfig
+from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.events import StepCollected, StepDispatched
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.layers.weight_slot import WeightSlot
@@ -33,6 +34,7 @@ from nanovllm.model_spec import ModelSpec, RopeSpec
 from nanovllm.models.registry import find_family
 from nanovllm.parallel.group import ParallelGroup
 from nanovllm.platforms.base import select_platform
+from nanovllm.runner.pending import PendingStep
 
 ROPE = RopeSpec(1_000_000.0)
 SHAPES = {
@@ -112,18 +114,32 @@ def measure(engine: LLMEngine, repeats: int, run: Seconds = seconds) -> dict[str
 
 
 class HostTimes:
-    """A listener: the host's share of every step, microseconds."""
+    """A listener: the host's share of every step, microseconds: to schedule, to dispatch, and to apply the result."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: LLMEngine) -> None:
         self.by_size: dict[int, list[float]] = {}
         self._open: dict[int, tuple[int, float]] = {}
+        self._engine, self._run = engine, engine.executor.runner.run
+        engine.executor.runner.run = self._timed_run
+        engine.events.listeners.append(self)
+
+    def close(self) -> None:
+        self._engine.executor.runner.run = self._run
+        self._engine.events.listeners.remove(self)
 
     def on_event(self, event: Any) -> None:
         if isinstance(event, StepDispatched):
             self._open[event.step] = event.num_sequences, event.schedule_ns / 1e3
         elif isinstance(event, StepCollected):
-            size, schedule_us = self._open.pop(event.step, (0, 0.0))
-            self.by_size.setdefault(size, []).append(schedule_us + (event.forward_ns + event.apply_ns) / 1e3)
+            size, before_us = self._open.pop(event.step, (0, 0.0))
+            self.by_size.setdefault(size, []).append(before_us + event.apply_ns / 1e3)
+
+    def _timed_run(self, batch: ScheduledBatch) -> PendingStep:
+        started = time.perf_counter_ns()
+        pending = self._run(batch)
+        size, schedule_us = self._open[batch.step]
+        self._open[batch.step] = size, schedule_us + (time.perf_counter_ns() - started) / 1e3
+        return pending
 
 
 def watch_steps(engine: LLMEngine, size: int) -> dict[str, float]:
@@ -133,11 +149,10 @@ def watch_steps(engine: LLMEngine, size: int) -> dict[str, float]:
         engine.add_request([rng.randint(0, 10_000) for _ in range(rng.randint(100, 1024))], sampling(400))
     while engine.scheduler.waiting or any(s.num_generated_tokens < 2 for s in engine.scheduler.running):
         engine.step()
-    times = HostTimes()
-    engine.events.listeners.append(times)
+    times = HostTimes(engine)
     for _ in range(100):
         engine.step()
-    engine.events.listeners.remove(times)
+    times.close()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(40):
             engine.step()
