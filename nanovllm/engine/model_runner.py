@@ -153,6 +153,7 @@ class ModelRunner:
             self.forward_step,
             backend,
             self.state.block_tables,
+            self.state.token_ids,
             max_num_seqs=max_num_seqs,
             max_tokens=max_tokens,
             spare_row=self.state.spare_row,
@@ -164,8 +165,10 @@ class ModelRunner:
         replayed = self.graphs.replay(batch, inverse_temperature, keys)  # type: ignore[union-attr]
         if replayed is None:
             return None
-        logits, token_ids = replayed
-        return self._draw(batch, logits) if batch.matchers or not is_plain else PendingStep(batch.step).send(token_ids)
+        if not is_plain:
+            return self._draw(batch, replayed.logits)
+        pending = PendingStep(batch.step, held=lambda: replayed.draw_under(batch.matchers))
+        return pending if batch.matchers else pending.send(replayed.token_ids)
 
     def _score_prompts(self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor) -> dict[int, list[BatchLogprobs]]:
         """Log-probabilities of the prompt tokens that follow each computed position, for the rows that asked."""

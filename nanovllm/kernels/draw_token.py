@@ -25,33 +25,14 @@ def draw_tokens(
     positions: Tensor,
     token_table: Tensor,
     token_ids: Tensor,
+    masks: Tensor | None = None,
+    mask_lines: Tensor | None = None,
 ) -> None:
     """Write one token per sample to `token_ids`, [S] int64, and to `token_table[rows, positions]`; -1 there as 0.
 
-    logits: [S, V]; inverse_temperature: [S] float32; keys, rows, positions: [S] int32.
+    logits: [S, V]; inverse_temperature: [S] float32; keys, rows, positions: [S] int32. Under grammars only tokens whose bit
+    is set: masks: [m, num_mask_words] int32, token t is bit t % 32 of word t // 32; mask_lines: [S] int32, -1 without a mask.
     """
-    _draw(logits, inverse_temperature, keys, None, None, token_ids, (rows, positions, token_table))
-
-
-def draw_allowed_tokens(logits: Tensor, inverse_temperature: Tensor, keys: Tensor, masks: Tensor, mask_lines: Tensor) -> Tensor:
-    """The same under grammars: [S] int64, of tokens whose bit is set in the sample's mask.
-
-    masks: [m, num_mask_words] int32, token t is bit t % 32 of word t // 32; mask_lines: [S] int32, -1 without a mask.
-    """
-    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    _draw(logits, inverse_temperature, keys, masks, mask_lines, token_ids, (None, None, None))
-    return token_ids
-
-
-def _draw(
-    logits: Tensor,
-    inverse_temperature: Tensor,
-    keys: Tensor,
-    masks: Tensor | None,
-    mask_lines: Tensor | None,
-    token_ids: Tensor,
-    places: tuple[Tensor | None, Tensor | None, Tensor | None],
-) -> None:
     num_samples, vocab_size = logits.shape
     num_tiles = triton.cdiv(vocab_size, TILE)
     best = torch.empty(num_samples, num_tiles, dtype=torch.float32, device=logits.device)
@@ -71,11 +52,17 @@ def _draw(
         TILE,
         num_warps=4,
     )
-    rows, positions, token_table = places
-    table_stride = 0 if token_table is None else token_table.stride(0)
-    num_tiles_padded = triton.next_power_of_2(num_tiles)
     _reduce_row_kernel[(num_samples,)](
-        best, best_id, rows, positions, token_table, token_ids, table_stride, num_tiles, num_tiles_padded, num_warps=1
+        best,
+        best_id,
+        rows,
+        positions,
+        token_table,
+        token_ids,
+        token_table.stride(0),
+        num_tiles,
+        triton.next_power_of_2(num_tiles),
+        num_warps=1,
     )
 
 
@@ -155,6 +142,5 @@ def _reduce_row_kernel(
     winner = tl.min(tl.where(score == best, token, 2147483647), 0)
     is_finite = (best > float("-inf")) & (best < float("inf"))
     tl.store(token_ptr + sample, tl.where(is_finite, winner, -1).to(tl.int64))
-    if table_ptr is not None:
-        row, position = tl.load(row_ptr + sample).to(tl.int64), tl.load(position_ptr + sample)
-        tl.store(table_ptr + row * table_stride + position, tl.where(is_finite, winner, 0))
+    row, position = tl.load(row_ptr + sample).to(tl.int64), tl.load(position_ptr + sample)
+    tl.store(table_ptr + row * table_stride + position, tl.where(is_finite, winner, 0))

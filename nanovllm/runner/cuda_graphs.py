@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +25,11 @@ from torch import Tensor
 
 from nanovllm.attention.triton_paged import ITEM_FIELDS, TritonAttention, TritonPlan, plan_decodes, plan_prompts
 from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.kernels.draw_token import draw_tokens
 from nanovllm.log import degraded, logger
+from nanovllm.sampling.penalties import upload_masks
+from nanovllm.sampling.sampler import SampledTokens
+from nanovllm.structured.base import Matchers
 
 
 @dataclass(slots=True)
@@ -117,12 +121,44 @@ def mixed_sizes(max_tokens: int) -> list[int]:
     return sorted({size for size in sizes if size < max_tokens} | {max_tokens})
 
 
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """A replayed step, in static buffers: until the next one is replayed."""
+
+    logits: Tensor  # [num_samples, vocab]
+    token_ids: Tensor  # [num_samples] int64
+    step: StepTensors
+    token_table: Tensor
+
+    def draw_under(self, matchers: Matchers) -> SampledTokens:
+        """Draw again, over the tokens that the graph has drawn: now the grammars know what may come."""
+        num_samples, vocab_size = self.logits.shape
+        masks, lines = upload_masks(matchers, num_samples, vocab_size, self.logits.device)
+        step = self.step
+        places = step.sample_rows, step.sample_positions, self.token_table
+        draw_tokens(self.logits, step.inverse_temperature, step.keys, *places, self.token_ids, masks, lines)
+        return SampledTokens(self.token_ids, None)
+
+
+class AnyToken:
+    """A matcher that allows everything: for compiling ahead."""
+
+    error: str | None = None
+
+    def fill_mask(self, mask: np.ndarray) -> None:
+        mask.fill(-1)
+
+    def accept(self, token_id: int) -> str | None:
+        return None
+
+
 class CudaGraphs:
     def __init__(
         self,
         forward_step: Callable[[StepTensors, Tensor], Tensor],
         backend: TritonAttention,
         block_tables: Tensor,
+        token_table: Tensor,
         *,
         max_num_seqs: int,
         max_tokens: int,
@@ -130,7 +166,7 @@ class CudaGraphs:
     ) -> None:
         self.forward_step = forward_step
         self.backend = backend
-        self.block_tables = block_tables
+        self.block_tables, self.token_table = block_tables, token_table
         self.spare_row = spare_row
         self.device = block_tables.device
         extra = backend.max_extra_items
@@ -140,7 +176,7 @@ class CudaGraphs:
         self._buffers: dict[Bucket, Tensor] = {}
         self._padding: dict[Bucket, np.ndarray] = {}
         self._staging = Staging(max(bucket.num_words for bucket in [*self.decode_buckets, *self.mixed_buckets]))
-        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Replayed]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def _mixed_bucket(self, num_tokens: int, num_samples: int, extra: int) -> Bucket:
@@ -162,12 +198,13 @@ class CudaGraphs:
     def warm_up(self) -> None:
         """Run steps that need every variant of the kernels: they differ by the number of tokens."""
         for bucket in [*self.decode_buckets[:4], *self.mixed_buckets]:
-            self.run_padding(bucket)
+            self.run_padding(bucket).draw_under({0: AnyToken()})
         torch.cuda.synchronize(self.device)
 
-    def run_padding(self, bucket: Bucket) -> None:
+    def run_padding(self, bucket: Bucket) -> Replayed:
         tensors = self._views(bucket, torch.from_numpy(self._empty(bucket)).to(self.device))
-        self.forward_step(tensors, torch.zeros(bucket.num_samples, dtype=torch.int64, device=self.device))
+        token_ids = torch.zeros(bucket.num_samples, dtype=torch.int64, device=self.device)
+        return Replayed(self.forward_step(tensors, token_ids), token_ids, tensors, self.token_table)
 
     def capture_all(self) -> None:
         """Smallest first. Running out of memory drops the larger buckets; another failure drops them all."""
@@ -195,7 +232,7 @@ class CudaGraphs:
         with torch.cuda.graph(graph, pool=self._pool):
             logits = self.forward_step(tensors, token_ids)
         self._buffers[bucket] = buffer
-        self._graphs[bucket] = graph, logits, token_ids
+        self._graphs[bucket] = graph, Replayed(logits, token_ids, tensors, self.token_table)
 
     def _empty(self, bucket: Bucket) -> np.ndarray:
         """[num_words] int32: a step of nothing but padding. Not to be written to."""
@@ -217,8 +254,8 @@ class CudaGraphs:
 
     # --- replay
 
-    def replay(self, batch: ScheduledBatch, inverse_temperature: np.ndarray, keys: np.ndarray) -> tuple[Tensor, Tensor] | None:
-        """(logits, token_ids) of the step's samples, in static buffers; None when no captured bucket fits.
+    def replay(self, batch: ScheduledBatch, inverse_temperature: np.ndarray, keys: np.ndarray) -> Replayed | None:
+        """None when no captured bucket fits.
 
         inverse_temperature: [num_samples] float32; keys: [num_samples] int32.
         """
@@ -234,9 +271,9 @@ class CudaGraphs:
             parts["keys"][: len(keys)] = keys
 
         self._staging.send(fill, self._buffers[bucket])
-        graph, logits, token_ids = self._graphs[bucket]
+        graph, replayed = self._graphs[bucket]
         graph.replay()
-        return logits[: len(keys)], token_ids[: len(keys)]
+        return replace(replayed, logits=replayed.logits[: len(keys)], token_ids=replayed.token_ids[: len(keys)])
 
     def _find(self, batch: ScheduledBatch) -> Bucket | None:
         num_tokens, num_chunks = sum(batch.lengths), len(batch.lengths)

@@ -46,7 +46,7 @@ class PendingStep:
 
     def send(self, token_ids: Tensor, logprobs: BatchLogprobs | None = None) -> PendingStep:
         """Start the copy of the drawn tokens to the host. Waits for nothing."""
-        self.token_ids, self.logprobs = token_ids, logprobs
+        self.held, self.token_ids, self.logprobs = None, token_ids, logprobs
         if token_ids.is_cuda:
             self.token_ids = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
             self.token_ids.copy_(token_ids, non_blocking=True)

@@ -12,15 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.draw_token import draw_allowed_tokens
 from nanovllm.kernels.draw_top_p import draw_within_top_p
 from nanovllm.kernels.triton_language import use_kernel
 from nanovllm.kernels.upload import upload
 from nanovllm.sampling import filters
 from nanovllm.sampling.gumbel import exponential_noise
-from nanovllm.sampling.penalties import masks_of
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.structured.base import Matchers, num_mask_words
 
 # Rows with top_k are grouped by its size, so that one large top_k does not slow the small ones.
 GREEDY, FROM_ALL, WITHIN_TOP_P, WITHIN_SMALL_TOP_K, WITHIN_TOP_K, WITHIN_LARGE_TOP_K = range(6)
@@ -103,21 +100,6 @@ def draw(scores: Tensor, group: Group, hashes: Tensor, keys: Tensor) -> Tensor:
     return torch.cat([_draw_from_block(scores[lines], group[lines], hashes, keys[lines]) for lines in blocks])
 
 
-def draw_allowed(logits: Tensor, inverse_temperature: np.ndarray, keys: np.ndarray, matchers: Matchers) -> Tensor:
-    """Tokens, [num_samples] int64, where all that is asked for are temperatures and grammars: in one kernel.
-
-    logits: [num_samples, vocab]; inverse_temperature: [num_samples] float32; keys: [num_samples] int32.
-    """
-    device = logits.device
-    num_samples = len(keys)
-    operands = np.full((3, -(-num_samples // 4) * 4), -1, dtype=np.int32)  # one copy; lines of 16 bytes: one kind of pointer
-    operands[0, :num_samples], operands[1, :num_samples] = inverse_temperature.view(np.int32), keys
-    operands[2, list(matchers)] = np.arange(len(matchers))
-    on_device = upload(operands, device)
-    masks = masks_of(matchers, logits.shape[-1], device)
-    return draw_allowed_tokens(logits, on_device[0].view(torch.float32), on_device[1], masks, on_device[2])
-
-
 def warm_up(vocab_size: int, dtype: torch.dtype, hashes: Tensor) -> None:
     """Compile the kernels that only some requests need; `dtype` is that of logits, `hashes` those of the vocabulary."""
     logits = torch.zeros(1, vocab_size, dtype=dtype, device=hashes.device)
@@ -127,9 +109,6 @@ def warm_up(vocab_size: int, dtype: torch.dtype, hashes: Tensor) -> None:
         group = build_groups(limits, hashes.device)[0]
         for scores in (logits, logits.float()):  # edited logits may be float32
             draw(scores, group, hashes, zero)
-    if use_kernel("draw_token", logits):
-        masks = torch.zeros(1, num_mask_words(vocab_size), dtype=torch.int32, device=hashes.device)
-        draw_allowed_tokens(logits, zero.float(), zero, masks, zero)
 
 
 def _draw_from_block(scores: Tensor, group: Group, hashes: Tensor, keys: Tensor) -> Tensor:

@@ -210,7 +210,8 @@ def grammar_masks(matchers: Matchers, vocab_size: int, device: torch.device) -> 
     Comes last and forbids for good: where nothing that is allowed is left, the allowed tokens are equal to each other.
     """
     lines = upload(list(matchers), device)  # [m]
-    allowed = _unpack(masks_of(matchers, vocab_size, device), vocab_size)
+    masks, _ = upload_masks(matchers, max(matchers) + 1, vocab_size, device)
+    allowed = _unpack(masks, vocab_size)
     ceiling = allowed.float().sub_(0.5).mul_(torch.inf)  # [m, vocab]: inf or -inf; minimum() is faster than masked_fill()
 
     def keep_in_grammar(batch: EditedLogits) -> None:
@@ -220,13 +221,22 @@ def grammar_masks(matchers: Matchers, vocab_size: int, device: torch.device) -> 
     return keep_in_grammar
 
 
-def masks_of(matchers: Matchers, vocab_size: int, device: torch.device) -> Tensor:
-    """[m, num_mask_words] int32; a set bit is an allowed token. A device gets bits: bytes would be 8 times the copy."""
-    masks = torch.empty(len(matchers), num_mask_words(vocab_size), dtype=torch.int32, pin_memory=device.type == "cuda")
-    words = masks.numpy()
-    words.fill(0)  # by one thread: torch would wake all of its own for a megabyte, and copy it once more to pin it
-    fill_masks(list(matchers.values()), words)
-    return masks.to(device, non_blocking=True)
+def upload_masks(matchers: Matchers, num_samples: int, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Masks, [m, num_mask_words] int32, in which a set bit is an allowed token; the line of each sample, [num_samples] int32.
+
+    A sample without a mask has the line -1. One copy, of bits, because bytes would be 8 times as many.
+    """
+    first_mask = -(-num_samples // 4) * 4  # 16 bytes are one kind of pointer: a kernel is compiled for each
+    num_words = len(matchers) * num_mask_words(vocab_size)
+    on_host = torch.empty(first_mask + num_words, dtype=torch.int32, pin_memory=device.type == "cuda")
+    words = on_host.numpy()  # filled by one thread: torch would wake all of its own for a megabyte
+    lines, masks = words[:num_samples], words[first_mask:].reshape(len(matchers), -1)
+    lines.fill(-1)
+    lines[list(matchers)] = np.arange(len(matchers))
+    masks.fill(0)
+    fill_masks(list(matchers.values()), masks)
+    on_device = on_host.to(device, non_blocking=True)
+    return on_device[first_mask:].view(len(matchers), -1), on_device[:num_samples]
 
 
 def _unpack(masks: Tensor, vocab_size: int) -> Tensor:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.batch import RowSampling
-from nanovllm.kernels.triton_language import use_kernel
 from nanovllm.kernels.upload import upload
 from nanovllm.sampling import filters
-from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, build_groups, draw, draw_allowed, limits_of, warm_up
+from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, build_groups, draw, limits_of, warm_up
 from nanovllm.sampling.gumbel import draw_keys, stream_of, token_hashes
 from nanovllm.sampling.logprobs import BatchLogprobs, sampled_logprobs
 from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits, grammar_masks
@@ -83,10 +82,6 @@ class Sampler:
         before it are `token_table[rows[i], :positions[i]]`, of [max_num_seqs, max_model_len + 1] int32. `matchers[i]`,
         if there, is the grammar that sample i follows.
         """
-        if matchers and use_kernel("draw_token", logits):
-            inverse_temperature, keys, is_plain = self.plain_operands(rows, positions)
-            if is_plain:
-                return SampledTokens(draw_allowed(logits, inverse_temperature, keys, matchers), None)
         plan = self._plan_for(rows)
         edits = [*plan.edits, grammar_masks(matchers, logits.shape[-1], self._device)] if matchers else plan.edits
         scores = apply_edits(edits, logits, positions, token_table) if edits else logits

@@ -14,7 +14,7 @@ from nanovllm.attention.torch_reference import TorchAttention
 from nanovllm.attention.triton_paged import TritonAttention
 from nanovllm.kernels import activation, one_token, rms_norm
 from nanovllm.kernels.compiles import watch_compiles
-from nanovllm.kernels.draw_token import draw_allowed_tokens, draw_tokens
+from nanovllm.kernels.draw_token import draw_tokens
 from nanovllm.kernels.draw_top_p import draw_within_top_p
 from nanovllm.kernels.gather_inputs import gather_inputs
 from nanovllm.sampling import filters
@@ -202,13 +202,13 @@ class TestSampling:
         lines = torch.arange(num_samples - 1, -1, -1, dtype=torch.int32)
         lines[5], lines[8] = -1, -1
         allowed[5], allowed[8] = True, True
-        tokens = draw_allowed_tokens(logits, inverse, keys, masks, lines.to(device))
         edited = logits.float().masked_fill(~torch.from_numpy(allowed).to(device), -torch.inf)
         table = torch.zeros(num_samples, 4, dtype=torch.int32, device=device)
         rows = torch.arange(num_samples, dtype=torch.int32, device=device)
-        expected = torch.zeros_like(tokens)
+        tokens, expected = torch.zeros(2, num_samples, dtype=torch.int64, device=device)
         draw_tokens(edited, inverse, keys, rows, torch.zeros_like(rows), table, expected)
-        assert torch.equal(tokens, expected)
+        draw_tokens(logits, inverse, keys, rows, torch.ones_like(rows), table, tokens, masks, lines.to(device))
+        assert torch.equal(tokens, expected) and torch.equal(table[:, 0], table[:, 1])
 
     def test_grammars_and_logits_that_are_not_finite(self, device):
         logits = torch.zeros(4, 5000, device=device)
@@ -218,7 +218,9 @@ class TestSampling:
         masks[0, 1] = 0b1000  # token 35
         ones, zeros = torch.ones(4, device=device), torch.zeros(4, dtype=torch.int32, device=device)
         lines = torch.tensor([0, 0, 0, -1], dtype=torch.int32, device=device)
-        tokens = draw_allowed_tokens(logits, ones, zeros, masks, lines)
+        tokens, table = torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(4, 2, dtype=torch.int32, device=device)
+        rows = torch.arange(4, dtype=torch.int32, device=device)
+        draw_tokens(logits, ones, zeros, rows, zeros, table, tokens, masks, lines)
         assert tokens.tolist() == [35, -1, 35, -1], "the only token that fits wins even where the model says never"
 
     @pytest.mark.parametrize("temperature", [0.0, 0.7])
