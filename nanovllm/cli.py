@@ -56,13 +56,18 @@ Stream = Callable[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 1 after an error that was explained on standard error."""
+    """Exit status: 0; 1 after an error that was explained on standard error; 130, 141: Ctrl-C, or nobody reads the output."""
     arguments = build_parser().parse_args(argv)
     if log_format := getattr(arguments, "log_format", None):
         os.environ[FORMAT_VARIABLE] = log_format
     configure_logging(arguments.log_level)
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except NanoVllmError as error:
         print(f"nanovllm: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

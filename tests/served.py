@@ -89,8 +89,8 @@ class SlowGrammar:
 
 def serve(config: EngineConfig, executor: Executor, grammar: Grammar | None = None) -> ServedEngine:
     """Never ends by itself: there are no end tokens."""
-    num_blocks = config.num_kv_blocks or 4096
-    scheduler = make_scheduler(num_blocks, BLOCK_SIZE, config.max_num_seqs, 2048)
+    num_blocks, max_num_seqs = config.num_kv_blocks or 4096, config.max_num_seqs or 256
+    scheduler = make_scheduler(num_blocks, BLOCK_SIZE, max_num_seqs, 2048)
     max_model_len = num_blocks * BLOCK_SIZE
     engine = LLMEngine(
         scheduler, executor, vocab_size=VOCAB_SIZE, max_model_len=max_model_len, grammar=grammar, num_steps_ahead=1
@@ -102,7 +102,7 @@ def serve(config: EngineConfig, executor: Executor, grammar: Grammar | None = No
         max_model_len=max_model_len,
         block_size=BLOCK_SIZE,
         num_kv_blocks=num_blocks,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=max_num_seqs,
         eos_token_ids=(),
         has_chat_template=True,
         device="fake",

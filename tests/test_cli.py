@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from support import greedy, make_engine, make_scheduler
@@ -48,7 +52,7 @@ def test_replay_says_whether_decisions_differ(tmp_path, capsys):
 def test_env_names_device_backend_and_default_model(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
-    assert "attention" in out and "default model" in out and "torch" in out
+    assert "attention" in out and "default model" in out and "torch" in out and "energy" in out
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,16 @@ def test_errors_are_one_line_without_a_traceback(arguments, message, capsys):
     assert main(["generate", "x", *arguments]) == 1
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_traceback():
+    command = [sys.executable, "-m", "nanovllm", "bench", "workload", "--workload", "fixed"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 141
+    process.stderr.close()
 
 
 def test_every_engine_option_has_a_help_text(capsys):

@@ -105,3 +105,11 @@ def test_a_card_is_found_by_its_name(device, name):
     else:
         assert peak is not None and peak.source == f"data sheet of {name}"
         assert (peak.bytes_per_s, peak.operations_per_s) == (PROFILES[name].bandwidth, PROFILES[name].flops)
+
+
+def test_a_cpus_roof_is_measured():
+    from nanovllm.platforms.cpu import CpuPlatform
+
+    peak = CpuPlatform().peak("float32")
+    assert peak.source == "measured"
+    assert 1e8 < peak.bytes_per_s < 1e13 and 1e8 < peak.operations_per_s < 1e15
