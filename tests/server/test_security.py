@@ -64,7 +64,7 @@ def test_every_route_but_the_probes_asks_for_a_key(frame, path):
     assert frame.get(path, authorization="Bearer sk-wrong-123").status == 401
 
 
-def test_of_all_endpoints_only_the_probes_and_the_files_of_the_chat_page_are_open(frame):
+def test_of_all_endpoints_only_the_probes_and_the_files_of_the_pages_are_open(frame):
     """Whatever a module declares: the endpoints are those of a real server, the answers those of the layer before them."""
     routes = [route for name in ENDPOINT_MODULES for route in importlib.import_module(f"nanovllm.server.{name}").routes]
     assert len(routes) > 20
