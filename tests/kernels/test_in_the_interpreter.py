@@ -1,0 +1,148 @@
+"""The GPU's path without a GPU: `make interpret` runs Triton's kernels in its interpreter, slowly, on small shapes.
+
+Attention, rotary and KV write, norms, SiLU, inputs, draws with and without grammars; steps are "replayed" as CUDA graphs
+are. What stands in for a device: a graph is its function run again, and memory is not pinned. Tokens equal the torch twin's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanovllm.attention.triton_paged import TritonAttention
+from nanovllm.config import EngineConfig
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.kernels.triton_language import HAS_TRITON
+from nanovllm.llm import build_engine, make_kv_caches
+from nanovllm.loaders.weight_source import RandomWeights
+from nanovllm.model_spec import ModelSpec, RopeSpec
+from nanovllm.models.registry import find_family
+from nanovllm.parallel.group import ParallelGroup
+from nanovllm.platforms.base import select_platform
+from nanovllm.runner import cuda_graphs
+from nanovllm.runner.cuda_graphs import AnyToken, Bucket, CudaGraphs, Replayed
+from nanovllm.runner.pending import PendingStep
+from nanovllm.sampling_params import SamplingParams, StructuredOutput
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1" or not HAS_TRITON, reason="make interpret"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # hashes wrap
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # the interpreter's own
+    pytest.mark.timeout(600),
+]
+SPEC = ModelSpec("Qwen3ForCausalLM", 101, 64, 128, 2, 4, 2, 64, 1e-6, RopeSpec(10_000.0), 512, qk_norm=True)
+RULED = StructuredOutput("json_object")
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, structured=RULED),
+    SamplingParams(temperature=0, max_tokens=6, ignore_eos=True),
+    SamplingParams(temperature=0.8, seed=2, max_tokens=7, ignore_eos=True, structured=RULED),
+    SamplingParams(temperature=0.8, seed=3, max_tokens=5, ignore_eos=True),
+    SamplingParams(temperature=0.9, seed=4, top_p=0.8, max_tokens=4, ignore_eos=True, structured=RULED),
+]
+PROMPTS = [[3, 5, 7] * k for k in (1, 4, 14, 2, 20)]  # the last is longer than the budget of a step
+
+
+class EveryThird:
+    """Allows the tokens whose number, plus that of the tokens so far, is a multiple of three."""
+
+    error: str | None = None
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+
+    def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> EveryThird:
+        return EveryThird()
+
+    def fill_mask(self, mask: np.ndarray) -> None:
+        bits = (np.arange(mask.size * 32) + self.num_tokens) % 3 == 0
+        mask[:] = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def accept(self, token_id: int) -> str | None:
+        assert (token_id + self.num_tokens) % 3 == 0
+        self.num_tokens += 1
+        return None
+
+
+class Staging:
+    def __init__(self, num_words: int) -> None:
+        pass
+
+    def send(self, fill: Callable[[np.ndarray], None], target: torch.Tensor) -> None:
+        fill(words := np.zeros(len(target), np.int32))
+        target.copy_(torch.from_numpy(words))
+
+
+class Graph:
+    def __init__(self, run: Callable[[], torch.Tensor], logits: torch.Tensor) -> None:
+        self.run, self.logits, self.num_replays = run, logits, 0
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        self.logits.copy_(self.run())
+
+
+def capture(self: CudaGraphs, bucket: Bucket) -> None:
+    buffer = torch.from_numpy(self._empty(bucket).copy())
+    tensors, token_ids = self._views(bucket, buffer), torch.zeros(bucket.num_samples, dtype=torch.int64)
+    logits = self.forward_step(tensors, token_ids)
+    graph: Any = Graph(lambda: self.forward_step(tensors, token_ids), logits)
+    self._buffers[bucket] = buffer
+    self._graphs[bucket] = graph, Replayed(logits, token_ids, tensors, self.token_table)
+
+
+def warm_up(runner: Any, backend: TritonAttention, config: EngineConfig, plan: Any, platform: Any, spec: Any, dtype: Any, _: Any):
+    graphs = runner.prepare_graphs(backend, config.max_num_seqs, config.max_num_batched_tokens)
+    runner.kv_caches = make_kv_caches(platform, backend, plan, spec, dtype)
+    graphs.run_padding(graphs.decode_buckets[0]).draw_under({0: AnyToken()})
+    if not config.enforce_eager:
+        graphs.capture_all()
+        runner.graphs = graphs
+    return plan
+
+
+def make(**options: Any) -> LLMEngine:
+    model = find_family(SPEC.architecture)(SPEC, ParallelGroup(), torch.float32)
+    weights = RandomWeights({name: slot.shape for name, slot in model.weight_slots().items()}, std=0.2)
+    options = {"max_num_seqs": 3, "max_num_batched_tokens": 32, "num_kv_blocks": 40, "block_size": 16, **options}
+    config = EngineConfig(device="cpu", dtype="float32", num_threads=1, cpu_compute="torch", **options)
+    engine = build_engine(config, select_platform("cpu"), SPEC, weights).engine
+    engine._door._grammar = EveryThird()  # type: ignore[assignment]
+    return engine
+
+
+def tokens(engine: LLMEngine) -> list[list[int]]:
+    return [output.token_ids for output in engine.generate(PROMPTS, PARAMS)]
+
+
+@pytest.fixture(scope="module")
+def twin() -> list[list[int]]:
+    return tokens(make())
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanovllm.llm.select_backend", TritonAttention)
+    monkeypatch.setattr("nanovllm.llm.warm_up_gpu", warm_up)
+    for name in ("rms_norm", "activation"):
+        monkeypatch.setattr(f"nanovllm.kernels.{name}.use_kernel", lambda *_: True)
+        for signal in ("gdc_wait", "gdc_launch_dependents"):  # one kernel after another: nothing to wait for
+            monkeypatch.setattr(f"nanovllm.kernels.{name}.{signal}", lambda: None)
+    monkeypatch.setattr(cuda_graphs, "Staging", Staging)
+    monkeypatch.setattr(CudaGraphs, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    send = PendingStep.send  # a device copies in the order of its stream; here the next replay would be faster
+    monkeypatch.setattr(PendingStep, "send", lambda self, drawn, logprobs=None: send(self, drawn.clone(), logprobs))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_steps_ahead": 1}, {"num_steps_ahead": 2}, {"enforce_eager": True}], ids=str)
+def test_the_gpus_steps_give_the_tokens_of_the_twin(twin: list[list[int]], interpreted: None, options: dict[str, Any]) -> None:
+    engine = make(**options)
+    assert tokens(engine) == twin
+    graphs = engine.executor.runner.graphs  # type: ignore[attr-defined]
+    num_replays = sum(graph.num_replays for graph, _ in graphs._graphs.values()) if graphs else 0
+    assert bool(num_replays) is not options.get("enforce_eager", False)
