@@ -4,17 +4,17 @@ The front end is one process that does one thing at a time (`FrontEnd`): it read
 that has come through is taken in between two steps, as `engine_process.py` does. An offline run has no front end, and
 starts the device while requests are still added, as `LLMEngine.generate` does. Only the executor is not real.
 
-Prompts are token ids that differ in their first two tokens: different prompts share no block, and equal prefixes do.
 Read next: `report.py`.
 """
 
 from __future__ import annotations
 
 import gc
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 from nanovllm.config import EngineConfig, SchedulerLimits, gpu_max_num_seqs
@@ -29,9 +29,9 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.simulation.cost import BYTES_PER_VALUE, CostModel
 from nanovllm.simulation.executor import SimulatedExecutor, VirtualClock, Work
 from nanovllm.simulation.hardware import Hardware
-from nanovllm.simulation.workload import Arrival
+from nanovllm.workloads import Request
 
-BASE = 40_000  # prompts count in this base; below every vocabulary of shapes.py
+ANY_TOKEN = 1 << 31  # the engine's vocabulary: a workload need not know the model's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,15 +113,15 @@ def deploy(
 
 def simulate(
     deployment: Deployment,
-    arrivals: Sequence[Arrival],
+    requests: Sequence[Request],
     *,
     is_offline: bool = False,
     on_finish: Callable[[], object] = lambda: None,
     on_step: Callable[[LLMEngine], None] | None = None,
 ) -> Run:
-    """Run `arrivals` (in order of time) to their end. `on_step` sees the engine after every step: for tests."""
+    """Run `requests` to their end. `on_step` sees the engine after every step: for tests."""
     with _without_garbage_collection():
-        return _Simulation(deployment, arrivals, is_offline, on_finish).run(on_step)
+        return _Simulation(deployment, requests, is_offline, on_finish).run(on_step)
 
 
 class FrontEnd:
@@ -154,7 +154,7 @@ class FrontEnd:
 
 class _Simulation:
     def __init__(
-        self, deployment: Deployment, arrivals: Sequence[Arrival], is_offline: bool, on_finish: Callable[[], object]
+        self, deployment: Deployment, requests: Sequence[Request], is_offline: bool, on_finish: Callable[[], object]
     ) -> None:
         self.clock = VirtualClock()
         limits, spec = deployment.limits, deployment.spec
@@ -172,22 +172,26 @@ class _Simulation:
         self.engine = LLMEngine(
             scheduler,
             self.executor,
-            vocab_size=spec.vocab_size,
+            vocab_size=ANY_TOKEN,
             max_model_len=deployment.max_model_len,
             num_steps_ahead=deployment.num_steps_ahead,
             clock=self.clock,
         )
-        self.arrivals = arrivals
+        self.requests = requests
         self.is_offline = is_offline
         self.calibration = deployment.hardware.calibration
         self.run_so_far = Run(work=self.executor.work)
-        self.num_added = 0
         costs = self.calibration
         frontend = (0.0, 0.0, 0.0) if is_offline else (costs.frontend_s, costs.frontend_request_s, costs.frontend_token_s)
         self._frontend = FrontEnd(*frontend)
-        self._num_read = 0
-        self._read: deque[float] = deque()  # when requests that the front end has begun to read are at the engine
-        self._open: dict[str, Arrival] = {}  # by request id
+        self._to_come = [(one.arrival_s, index) for index, one in enumerate(requests) if one.after is None]  # a heap
+        heapify(self._to_come)
+        self._turns_after: dict[int, list[int]] = defaultdict(list)  # index of a request -> those that wait for its answer
+        for index, one in enumerate(requests):
+            if one.after is not None:
+                self._turns_after[one.after].append(index)
+        self._read: deque[tuple[float, int]] = deque()  # (when it is at the engine, index): the front end has begun with them
+        self._arrival: dict[int, float] = {}  # by index: of the requests that have arrived and are not finished
         self._first_token: dict[str, float] = {}  # when its client had it
         self._on_finish = on_finish
         self._params: dict[int, SamplingParams] = {}
@@ -196,13 +200,12 @@ class _Simulation:
         engine, clock = self.engine, self.clock
         if self.is_offline:
             self._start_early()
-        while self.num_added < len(self.arrivals) or engine.has_work:
+        while self._to_come or self._read or engine.has_work:
             if not engine.has_work:
-                clock.now = max(clock.now, self._read[0] if self._read else self.arrivals[self.num_added].time)
+                clock.now = max(clock.now, self._read[0][0] if self._read else self._to_come[0][0])
             self._read_arrivals()
-            while self._read and self._read[0] <= clock.now:
-                self._read.popleft()
-                self._add_next()
+            while self._read and self._read[0][0] <= clock.now:
+                self._add(self._read.popleft()[1])
             if engine.has_work:
                 self._hand_over(engine.step())
                 if on_step is not None:
@@ -211,37 +214,25 @@ class _Simulation:
 
     def _start_early(self) -> None:
         """`generate` dispatches one step when enough prompts for it are there, then adds the others."""
-        num_tokens = 0
-        while self.num_added < len(self.arrivals) and num_tokens < self.engine.scheduler.limits.max_num_batched_tokens:
-            num_tokens += self.arrivals[self.num_added].num_input
-            self._add_next()
-        if self.num_added < len(self.arrivals):
-            self.engine.step(may_collect=False)
-        while self.num_added < len(self.arrivals):
-            self._add_next()
-        self._num_read = self.num_added
+        budget = self.engine.scheduler.limits.max_num_batched_tokens
+        while self._to_come:
+            arrival, index = heappop(self._to_come)
+            self._arrival[index] = arrival
+            self._add(index)
+            missing, budget = budget, budget - len(self.requests[index].prompt)
+            if budget <= 0 < missing and self._to_come:
+                self.engine.step(may_collect=False)
 
     def _read_arrivals(self) -> None:
-        while self._num_read < len(self.arrivals) and self.arrivals[self._num_read].time <= self.clock.now:
-            self._read.append(self._frontend.read(self.arrivals[self._num_read].time))
-            self._num_read += 1
+        while self._to_come and self._to_come[0][0] <= self.clock.now:
+            arrival, index = heappop(self._to_come)
+            self._arrival[index] = arrival
+            self._read.append((self._frontend.read(arrival), index))
 
-    def _add_next(self) -> None:
-        arrival = self.arrivals[self.num_added]
-        self.clock.now += arrival.num_input * self.calibration.host_token_s
-        request_id = self.engine.add_request(
-            self._prompt_of(arrival), self._params_of(arrival.num_output), request_id=str(self.num_added)
-        )
-        self._open[request_id] = arrival
-        self.num_added += 1
-
-    def _prompt_of(self, arrival: Arrival) -> list[int]:
-        if arrival.token_ids is not None:
-            return arrival.token_ids
-        prefix: list[int] = []
-        if arrival.prefix >= 0:
-            prefix = _tokens(arrival.prefix, arrival.num_prefix, 3)
-        return prefix + _tokens(self.num_added, arrival.num_input - len(prefix), 5)
+    def _add(self, index: int) -> None:
+        request = self.requests[index]
+        self.clock.now += len(request.prompt) * self.calibration.host_token_s
+        self.engine.add_request(request.prompt, self._params_of(request.num_output), request_id=str(index))
 
     def _params_of(self, num_output: int) -> SamplingParams:
         if num_output not in self._params:
@@ -262,10 +253,10 @@ class _Simulation:
                 self._close(output, seen)
 
     def _close(self, output: GenerationOutput, seen: float) -> None:
-        times, arrival = output.metrics, self._open.pop(output.request_id)
+        times, index = output.metrics, int(output.request_id)
         self.run_so_far.finished.append(
             Finished(
-                arrival.time,
+                self._arrival.pop(index),
                 self._first_token.pop(output.request_id),
                 seen,
                 times.num_prompt_tokens,
@@ -274,12 +265,9 @@ class _Simulation:
                 times.num_preemptions,
             )
         )
+        for turn in self._turns_after.pop(index, ()):
+            heappush(self._to_come, (seen + self.requests[turn].arrival_s, turn))
         self._on_finish()
-
-
-def _tokens(number: int, length: int, filler: int) -> list[int]:
-    """A run of tokens whose first two (one, if it is that short) say which it is."""
-    return [number % BASE, number // BASE, *[filler] * (length - 2)][:length]
 
 
 @contextmanager

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +21,12 @@ from nanovllm.simulation.hardware import PROFILES
 from nanovllm.simulation.report import percentile
 from nanovllm.simulation.run import Deployment, Finished, deploy, simulate
 from nanovllm.simulation.shapes import SHAPES
-from nanovllm.simulation.workload import Arrival, nano_vllm_benchmark
+from nanovllm.workloads import Request, make_workload, shifted
 
 RECORDS = Path("benchmarks/records")
 OFFLINE = ("2026-11-29-gpu-qwen3-0.6b.json", "2026-11-25-gpu-qwen3-8b.json")
 SERVING = ("at-once-128", "50", "100", "at-once-512", "20")  # in the order in which one server met them
 FITTED = {(f"{rate} requests/s", "TTFT p50, ms") for rate in (20, 50, 100)}
-VOCABULARY, SHIFT = 9_999, 1009  # of `nanovllm bench serve`: token ids from 1, and how far each repeat moves them
 PAUSE_S = 60.0  # between two loads: long enough for the last answer
 BAR, GOAL = 0.10, 0.05
 
@@ -70,20 +68,23 @@ def _deployment(record: dict[str, Any], is_greedy: bool) -> Deployment:
 def _offline(record: dict[str, Any]) -> Iterator[Line]:
     deployment, model = _deployment(record, is_greedy=False), record["model"]
 
-    def seconds(arrivals: list[Arrival]) -> float:
-        return max(one.finish for one in simulate(deployment, arrivals, is_offline=True).finished)
+    def seconds(requests: list[Request]) -> float:
+        return max(one.finish for one in simulate(deployment, requests, is_offline=True).finished)
+
+    def at_once(num_requests: int, num_input: int, num_output: int) -> float:
+        return seconds(make_workload("fixed", num_requests=num_requests, num_input=num_input, num_output=num_output).requests)
 
     def line(metric: str, key: str, predicted: float) -> Line:
         return Line(f"{model} offline", metric, record["results"][key]["median"], predicted)
 
-    benchmark = nano_vllm_benchmark()
-    num_output = sum(arrival.num_output for arrival in benchmark)
+    benchmark = make_workload("nano-vllm").requests
+    num_output = sum(one.num_output for one in benchmark)
     yield line("benchmark, output tok/s", "benchmark_output_tok_s", num_output / seconds(benchmark))
-    one_stream = (seconds([Arrival(0.0, 128, 545)]) - seconds([Arrival(0.0, 128, 33)])) / 512
+    one_stream = (at_once(1, 128, 545) - at_once(1, 128, 33)) / 512
     yield line("one stream, ms per token", "one_stream_ms_per_token", one_stream * 1e3)
     for length in (512, 8192):
-        yield line(f"first token of {length:,}, ms", f"ttft_{length}_ms", seconds([Arrival(0.0, length, 1)]) * 1e3)
-    yield line("64 x 2,048 prompts, tok/s", "prompt_tok_s_64x2048", 64 * 2048 / seconds([Arrival(0.0, 2048, 1)] * 64))
+        yield line(f"first token of {length:,}, ms", f"ttft_{length}_ms", at_once(1, length, 1) * 1e3)
+    yield line("64 x 2,048 prompts, tok/s", "prompt_tok_s_64x2048", 64 * 2048 / at_once(64, 2048, 1))
 
 
 @dataclass(slots=True)
@@ -91,7 +92,7 @@ class Load:
     """One repeat of a serving record."""
 
     what: str
-    arrivals: list[Arrival]  # times since the load began
+    requests: list[Request]  # times since the load began
     rows: list[dict[str, Any]]  # what its client saw
     is_last_repeat: bool
 
@@ -100,23 +101,15 @@ def _loads(path: Path) -> Iterator[Load]:
     parameters = _read(path)["workload"]["parameters"]
     with gzip.open(path.with_suffix(".rows.jsonl.gz"), "rt") as lines:
         rows = [json.loads(line) for line in lines]
-    rng, rate = random.Random(0), float(parameters["rate"])
-    num_requests, num_input = parameters["num_requests"], parameters["num_input"]
-    prompts = [[rng.randrange(1, VOCABULARY + 1) for _ in range(num_input)] for _ in range(num_requests)]
+    rate = float(parameters["rate"])
+    workload = make_workload("poisson", **{**parameters, "rate": rate})
     repeats = sorted({row["repeat"] for row in rows})
     for repeat in repeats:
+        requests = shifted(workload, repeat).requests if repeat else workload.requests
         ours = sorted((row for row in rows if row["repeat"] == repeat), key=lambda row: row["sent_ms"])
-        arrivals = [
-            Arrival(
-                row["sent_ms"] / 1e3,
-                num_input,
-                parameters["num_output"],
-                token_ids=[1 + (token - 1 + repeat * SHIFT) % VOCABULARY for token in prompts[row["index"]]],
-            )
-            for row in ours
-        ]
-        what = f"{num_requests} at once" if rate == float("inf") else f"{rate:g} requests/s"
-        yield Load(what, arrivals, ours, repeat == repeats[-1])
+        sent = [replace(requests[row["index"]], arrival_s=row["sent_ms"] / 1e3) for row in ours]
+        what = f"{len(requests)} at once" if rate == float("inf") else f"{rate:g} requests/s"
+        yield Load(what, sent, ours, repeat == repeats[-1])
 
 
 def _serving(loads: list[Load], engine: dict[str, Any]) -> Iterator[Line]:
@@ -125,12 +118,12 @@ def _serving(loads: list[Load], engine: dict[str, Any]) -> Iterator[Line]:
     Of repeats the last is compared: the first finds a server that has just started.
     """
     deployment = _deployment(engine, is_greedy=True)
-    arrivals: list[Arrival] = []
+    requests: list[Request] = []
     begins = []
     for load in loads:
-        begins.append(arrivals[-1].time + PAUSE_S if arrivals else 0.0)
-        arrivals += [arrival._replace(time=arrival.time + begins[-1]) for arrival in load.arrivals]
-    finished = simulate(deployment, arrivals).finished
+        begins.append(requests[-1].arrival_s + PAUSE_S if requests else 0.0)
+        requests += [replace(one, arrival_s=one.arrival_s + begins[-1]) for one in load.requests]
+    finished = simulate(deployment, requests).finished
     for load, begin, end in zip(loads, begins, [*begins[1:], float("inf")]):
         if load.is_last_repeat:
             ours = [one for one in finished if begin <= one.arrival < end]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.bench.workloads import make_workload, shifted
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.errors import ConfigError
 from nanovllm.simulation import cost as cost_module
@@ -17,6 +16,7 @@ from nanovllm.simulation.cost import CostModel
 from nanovllm.simulation.hardware import H200_CALIBRATION, PROFILES, find_hardware
 from nanovllm.simulation.shapes import SHAPES, find_shape
 from nanovllm.simulation.validate import Line, _loads, describe_lines, validate
+from nanovllm.workloads import make_workload, shifted
 
 RECORDS = Path(__file__).resolve().parents[2] / "benchmarks/records"
 
@@ -87,27 +87,29 @@ def test_buckets_are_those_of_the_engine():
 def test_offline_lines_of_prompts_hold_the_bar():
     from nanovllm.simulation.run import simulate
     from nanovllm.simulation.validate import _deployment
-    from nanovllm.simulation.workload import Arrival
+    from nanovllm.workloads import Request
 
     for name in ("qwen3-0.6b", "qwen3-8b"):
         measured = record(name)
         deployment = _deployment(measured, is_greedy=False)
-        prompts = simulate(deployment, [Arrival(0.0, 2048, 1)] * 64, is_offline=True).finished
+        prompts = simulate(
+            deployment, make_workload("fixed", num_requests=64, num_input=2048, num_output=1).requests, is_offline=True
+        ).finished
         rate = 64 * 2048 / max(one.finish for one in prompts)
         assert rate == pytest.approx(measured["results"]["prompt_tok_s_64x2048"]["median"], rel=0.10)
-        (long,) = simulate(deployment, [Arrival(0.0, 8192, 1)], is_offline=True).finished
+        (long,) = simulate(deployment, [Request(0.0, (1,) * 8192, 1)], is_offline=True).finished
         assert long.ttft * 1e3 == pytest.approx(measured["results"]["ttft_8192_ms"]["median"], rel=0.10)
 
 
 def test_the_requests_of_the_serving_records_are_replayed():
     """Prompts are those that `bench serve` makes, in the order and at the times at which its client sent them."""
     for load in _loads(RECORDS / "2026-11-29-gpu-serve-at-once-128.json"):
-        assert [arrival.time for arrival in load.arrivals] == [row["sent_ms"] / 1e3 for row in load.rows]
+        assert [one.arrival_s for one in load.requests] == [row["sent_ms"] / 1e3 for row in load.rows]
     workload = make_workload("poisson", rate=float("inf"), num_requests=128, num_input=1024, num_output=512)
     expected = shifted(workload, load.rows[0]["repeat"]).requests  # the last repeat
     assert load.is_last_repeat and load.what == "128 at once"
-    for arrival, row in zip(load.arrivals, load.rows, strict=True):
-        assert tuple(arrival.token_ids) == expected[row["index"]].prompt and arrival.num_output == 512
+    for one, row in zip(load.requests, load.rows, strict=True):
+        assert one.prompt == expected[row["index"]].prompt and one.num_output == 512
 
 
 def test_the_table_of_lines_counts_what_holds_the_bar():

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from nanovllm.config import SchedulerLimits
 from nanovllm.simulation.hardware import PROFILES, Calibration, Hardware
 from nanovllm.simulation.run import Deployment, FrontEnd, simulate
+from nanovllm.simulation.search import _shares
 from nanovllm.simulation.shapes import SHAPES
-from nanovllm.simulation.workload import Arrival, parse_workload
+from nanovllm.workloads import Request, make_workload, parse_workload
 
 SPEC = SHAPES["qwen3-0.6b"]
 ZERO = Calibration(**dict.fromkeys(Calibration.__dataclass_fields__, 0))
@@ -21,6 +23,10 @@ ONE_SECOND = replace(
 CLOCKWORK = Hardware("clockwork", 10**11, 1e30, 1e30, ONE_SECOND, has_graphs=False)
 
 
+def request(arrival_s: float, num_input: int, num_output: int, after: int | None = None) -> Request:
+    return Request(arrival_s, tuple(range(1, num_input + 1)), num_output, after=after)
+
+
 def deployment(hardware: Hardware = PROFILES["h200"], **changes) -> Deployment:
     values = {"limits": SchedulerLimits(16, 512), "num_blocks": 200, "block_size": 16, "max_model_len": 2048}
     return Deployment(spec=SPEC, hardware=hardware, **{**values, **changes})
@@ -29,7 +35,7 @@ def deployment(hardware: Hardware = PROFILES["h200"], **changes) -> Deployment:
 def test_two_requests_take_the_time_that_a_hand_computes():
     # A enters the engine at 0.5. Its steps are launched at 0.75 and 1.0 and run from 0.75 to 1.75 and 1.75 to 2.75. B enters
     # at 1.4 and is seen at 1.75, so it is in the step from 2.75 to 3.75, and in one more. Half a second is the way out.
-    a, b = sorted(simulate(deployment(CLOCKWORK), [Arrival(0.0, 4, 3), Arrival(0.9, 4, 2)]).finished)
+    a, b = sorted(simulate(deployment(CLOCKWORK), [request(0.0, 4, 3), request(0.9, 4, 2)]).finished)
     assert (a.first_token, a.finish) == pytest.approx((2.25, 4.25))
     assert (b.first_token, b.finish) == pytest.approx((4.25, 5.25))
     assert (a.ttft, b.ttft, a.tpot) == pytest.approx((2.25, 3.35, 1.0))
@@ -46,7 +52,7 @@ def test_the_front_end_does_one_thing_at_a_time():
 
 
 def test_without_a_step_ahead_the_host_is_on_the_path():
-    arrivals = [Arrival(0.0, 4, 5)]
+    arrivals = [request(0.0, 4, 5)]
     ahead, not_ahead = (
         simulate(deployment(CLOCKWORK, num_steps_ahead=number), arrivals, is_offline=True).finished[0].finish for number in (1, 0)
     )
@@ -55,12 +61,11 @@ def test_without_a_step_ahead_the_host_is_on_the_path():
 
 
 def test_every_request_finishes_and_tokens_add_up():
-    workload = parse_workload("bursty:rate=200,requests=80,input=10-300,output=1-40,burstiness=0.2", seed=3)
-    run = simulate(deployment(), workload.arrivals)
+    workload = parse_workload("poisson:rate=200,num_requests=80,num_input=150,num_output=20,spread=0.9", seed=3)
+    run = simulate(deployment(), workload.requests)
     assert len(run.finished) == 80
-    key = lambda one: (one[0], one[1])  # noqa: E731
-    wanted = sorted(((arrival.time, (arrival.num_input, arrival.num_output)) for arrival in workload.arrivals), key=key)
-    assert wanted == sorted(((one.arrival, (one.num_input, one.num_output)) for one in run.finished), key=key)
+    wanted = sorted((one.arrival_s, len(one.prompt), one.num_output) for one in workload.requests)
+    assert wanted == sorted((one.arrival, one.num_input, one.num_output) for one in run.finished)
     assert all(one.arrival < one.first_token <= one.finish for one in run.finished)
     num_preemptions = sum(one.num_preemptions for one in run.finished)
     computed = sum(one.num_input + one.num_output - 1 - one.num_cached for one in run.finished)
@@ -75,9 +80,9 @@ def test_the_engine_keeps_its_invariants_and_holds_nothing_at_the_end():
         engine.scheduler.check_invariants()
         engines[:] = [engine]
 
-    workload = parse_workload("poisson:rate=500,requests=40,input=50-200,output=50-90")
+    workload = parse_workload("poisson:rate=500,num_requests=40,num_input=125,num_output=70,spread=0.5")
     tight = deployment(num_blocks=40)
-    run = simulate(tight, workload.arrivals, on_step=look)
+    run = simulate(tight, workload.requests, on_step=look)
     assert sum(one.num_preemptions for one in run.finished) > 0, "this load should not fit"
     assert engines[0].scheduler.block_manager.num_free_blocks == 40
     assert not engines[0].has_work
@@ -85,7 +90,7 @@ def test_the_engine_keeps_its_invariants_and_holds_nothing_at_the_end():
 
 def test_equal_arguments_give_equal_runs_and_seeds_differ():
     runs = [
-        simulate(deployment(), parse_workload("poisson:rate=100,requests=50,input=50,output=20", seed).arrivals)
+        simulate(deployment(), parse_workload("poisson:rate=100,num_requests=50,num_input=50,num_output=20", seed).requests)
         for seed in (1, 1, 2)
     ]
     assert runs[0] == runs[1]
@@ -94,31 +99,62 @@ def test_equal_arguments_give_equal_runs_and_seeds_differ():
 
 @pytest.mark.parametrize("name", ["bandwidth", "flops"])
 def test_more_of_the_hardware_is_never_slower(name):
-    arrivals = parse_workload("burst:requests=20,input=300,output=20").arrivals
+    requests = parse_workload("fixed:num_requests=20,num_input=300,num_output=20").requests
     ends = []
     for factor in (0.25, 0.5, 1.0, 2.0, 4.0):
         hardware = PROFILES["h200"]
         hardware = replace(hardware, **{name: factor * getattr(hardware, name)})
-        ends.append(max(one.finish for one in simulate(deployment(hardware), arrivals).finished))
+        ends.append(max(one.finish for one in simulate(deployment(hardware), requests).finished))
     assert ends == sorted(ends, reverse=True)
     assert ends[0] > ends[-1]
 
 
 def test_shared_prefixes_are_found_in_the_cache_and_different_prompts_are_not():
-    shared = simulate(deployment(), parse_workload("shared:rate=10,requests=20,prefix=128,groups=1,input=40,output=4").arrivals)
+    one_document = make_workload(
+        "shared-prefix", rate=10, num_requests=20, num_documents=1, document=128, question=40, num_output=4
+    )
+    shared = simulate(deployment(), one_document.requests)
     cached = sorted(one.num_cached for one in shared.finished)
     assert cached == [0] + [128] * 19
-    apart = simulate(deployment(), parse_workload("poisson:rate=10,requests=20,input=168,output=4").arrivals)
+    apart = simulate(deployment(), make_workload("poisson", rate=10, num_requests=20, num_input=168, num_output=4).requests)
     assert not any(one.num_cached for one in apart.finished)
 
 
 def test_eager_launches_cost_host_time():
-    arrivals = [Arrival(0.0, 20, 10)]
+    arrivals = [request(0.0, 20, 10)]
     graphs, eager = (simulate(deployment(use_graphs=on), arrivals).finished[0].tpot for on in (True, False))
     assert eager > 1.5 * graphs
 
 
 def test_nothing_arrives_before_the_front_end_let_it_through():
-    (one,) = simulate(deployment(), [Arrival(5.0, 10, 1)]).finished
+    (one,) = simulate(deployment(), [request(5.0, 10, 1)]).finished
     assert one.ttft > 2 * PROFILES["h200"].calibration.frontend_s
     assert one.finish > 5.0
+
+
+def test_a_turn_comes_after_the_answer_before_it_and_finds_the_conversation_in_the_cache():
+    workload = make_workload("multi-turn", num_sessions=3, num_turns=4, rate=5.0, think_s=0.5)
+    run = simulate(deployment(), workload.requests)
+    assert len(run.finished) == 12
+    by_length = {one.num_input: [] for one in run.finished}
+    for one in run.finished:
+        by_length[one.num_input].append(one)
+    lengths = sorted(by_length)
+    assert len(lengths) == 4, "every turn is longer than the one before"
+    for before, after in pairwise(lengths):
+        due = sorted(one.finish + 0.5 for one in by_length[before])
+        assert sorted(one.arrival for one in by_length[after]) == pytest.approx(due)
+        assert all(one.num_cached >= before // 16 * 16 - 16 for one in by_length[after])
+
+
+def test_replicas_take_turns_and_a_conversation_stays_where_it_began():
+    requests = [
+        request(0.0, 4, 1),
+        request(0.1, 5, 1),
+        request(1.0, 6, 1, after=1),
+        request(0.2, 7, 1),
+        request(1.0, 8, 1, after=2),
+    ]
+    shares = _shares(requests, 2)
+    assert [[len(one.prompt) for one in share] for share in shares] == [[4, 7], [5, 6, 8]]
+    assert [one.after for one in shares[1]] == [None, 0, 1]

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.bench import workloads
-from nanovllm.bench.workloads import make_workload, parse_parameters, shifted, write_trace
 from nanovllm.errors import ConfigError
+from nanovllm.workloads import make_workload, parse_parameters, shifted, write_trace
 
-ROOT = Path(workloads.__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CHECKSUMS = {
     "nano-vllm": "33611acecf1cde71",
     "fixed": "4f012ece65fe4e70",
@@ -29,7 +28,7 @@ CHECKSUMS = {
 }
 PROGRAM = """
 import sys
-from nanovllm.bench.workloads import MAKERS, make_workload
+from nanovllm.workloads import MAKERS, make_workload
 print(*(f"{name} {make_workload(name).checksum}" for name in MAKERS if name != "trace"), sep="\\n")
 sys.exit("torch" in sys.modules)
 """
@@ -175,5 +174,5 @@ def test_settings_become_numbers_where_they_are():
         "spread": 0.5,
         "path": "a=b",
     }
-    with pytest.raises(ConfigError, match="NAME=VALUE"):
+    with pytest.raises(ConfigError, match="PARAMETER=VALUE"):
         parse_parameters(["rate"])
