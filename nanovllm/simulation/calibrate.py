@@ -29,20 +29,23 @@ def calibrate(
 ) -> Calibration:
     """The calibration of `hardware` without its front end, which is kept."""
     memory = kernels["ceilings"]["read_bytes_per_s"]
-    matrix_rate = kernels["ceilings"]["bf16_flop_per_s"]
+    burst = hardware.calibration.burst_product * hardware.flops
     attention_rate, tile_keys = _prompt_attention(kernels)
+    product_s, attention_s = (_latency(kernels, one, memory, burst) for one in (_is_library_product, _is_decode_attention))
     host_step_s, host_sequence_s = _host(offline)
     calibration = replace(
         hardware.calibration,
         memory=memory / hardware.bandwidth,
-        product=matrix_rate / hardware.flops,
+        product=kernels["ceilings"]["bf16_flop_per_s"] / hardware.flops,
+        overlap=_overlap(kernels, memory, burst, product_s),
         attention=attention_rate / hardware.flops,
         tile_keys=tile_keys,
         elementwise=_elementwise_share(kernels, memory),
         elementwise_s=1e-6 * median(_times(kernels, _is_elementwise, "1 tokens")),
-        product_s=_latency(kernels, _is_library_product, memory, matrix_rate),
-        one_token_product_s=_latency(kernels, lambda name: name.startswith("one token"), memory, matrix_rate),
-        attention_s=_latency(kernels, lambda name: name == "decode attention", memory, matrix_rate),
+        product_s=product_s,
+        one_token_product_s=_latency(kernels, lambda name: name.startswith("one token"), memory, burst),
+        attention_s=attention_s,
+        prompt_key_s=(1e-6 * _times(kernels, _is_prompt_attention, "1 x 512")[0] - attention_s) / 512,
         logit_s=_sampler(kernels, "sample, temperature"),
         greedy_logit_s=_sampler(kernels, "sample, greedy"),
         host_step_s=host_step_s,
@@ -64,6 +67,21 @@ def _is_library_product(name: str) -> bool:
     return name.startswith("library") and name != "library: head"
 
 
+def _is_decode_attention(name: str) -> bool:
+    return name == "decode attention"
+
+
+def _is_prompt_attention(name: str) -> bool:
+    return name == "prompt attention"
+
+
+def _overlap(kernels: dict[str, Any], bandwidth: float, matrix_rate: float, latency_s: float) -> float:
+    """From the one product of the record whose two times are alike: the output head for 256 tokens."""
+    (row,) = (row for row in kernels["kernels"] if row["kernel"] == "library: head" and row["shape"].startswith("256 x"))
+    shorter, longer = sorted((row["megabytes"] * 1e6 / bandwidth, row["gigaflops"] * 1e9 / matrix_rate))
+    return 1 - (row["us"] * 1e-6 - latency_s - longer) / shorter
+
+
 def _elementwise_share(kernels: dict[str, Any], bandwidth: float) -> float:
     rows = [row for row in kernels["kernels"] if _is_elementwise(row["kernel"]) and row["shape"] == "8192 tokens"]
     return sum(row["megabytes"] for row in rows) * 1e6 / (sum(row["us"] for row in rows) * 1e-6) / bandwidth
@@ -78,8 +96,8 @@ def _latency(kernels: dict[str, Any], is_wanted: Callable[[str], bool], bandwidt
 
 def _prompt_attention(kernels: dict[str, Any]) -> tuple[float, int]:
     """Rate, and keys computed in vain per query: two unknowns, two shapes with equally many queries."""
-    (short,) = _times(kernels, lambda name: name == "prompt attention", "4 x 2,048")
-    (long,) = _times(kernels, lambda name: name == "prompt attention", "1 x 8,192")
+    (short,) = _times(kernels, _is_prompt_attention, "4 x 2,048")
+    (long,) = _times(kernels, _is_prompt_attention, "1 x 8,192")
     num_queries = 8192
     per_pair = 4.0 * NUM_HEADS * HEAD_DIM
     short_pairs, long_pairs = num_queries * 2048 / 2, num_queries * 8192 / 2

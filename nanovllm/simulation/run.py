@@ -1,8 +1,8 @@
 """One simulated run: the real engine, scheduler and block manager, driven by arrivals on a virtual clock.
 
-The front end is one process that does one thing at a time (`FrontEnd`): it reads requests and writes tokens. A request
-that has come through is taken in between two steps, as `engine_process.py` does. An offline run has no front end, and
-starts the device while requests are still added, as `LLMEngine.generate` does. Only the executor is not real.
+Requests come through a front end (`front_end.py`), and are taken in between two steps, as `engine_process.py` does. An
+offline run has no front end, and starts the device while requests are still added, as `LLMEngine.generate` does. Only
+the executor is not real.
 
 Read next: `report.py`.
 """
@@ -10,11 +10,11 @@ Read next: `report.py`.
 from __future__ import annotations
 
 import gc
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
+from math import inf
 from typing import NamedTuple
 
 from nanovllm.config import EngineConfig, SchedulerLimits, gpu_max_num_seqs
@@ -28,6 +28,7 @@ from nanovllm.runner.memory_plan import plan_memory
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.simulation.cost import BYTES_PER_VALUE, CostModel
 from nanovllm.simulation.executor import SimulatedExecutor, VirtualClock, Work
+from nanovllm.simulation.front_end import FrontEnd, Told
 from nanovllm.simulation.hardware import Hardware
 from nanovllm.workloads import Request
 
@@ -54,7 +55,7 @@ class Deployment:
 class Finished(NamedTuple):
     """One request's times, seconds since the beginning, as its client sees them."""
 
-    arrival: float
+    sent: float
     first_token: float
     finish: float
     num_input: int
@@ -64,7 +65,7 @@ class Finished(NamedTuple):
 
     @property
     def ttft(self) -> float:
-        return self.first_token - self.arrival
+        return self.first_token - self.sent
 
     @property
     def tpot(self) -> float:
@@ -72,7 +73,7 @@ class Finished(NamedTuple):
 
     @property
     def latency(self) -> float:
-        return self.finish - self.arrival
+        return self.finish - self.sent
 
 
 @dataclass(slots=True)
@@ -124,34 +125,6 @@ def simulate(
         return _Simulation(deployment, requests, is_offline, on_finish).run(on_step)
 
 
-class FrontEnd:
-    """A queue with one server. All times in seconds since the beginning.
-
-    Reading a request costs a time, and writing a token to its client another; beside that everything takes `latency_s`
-    each way. Tokens that wait while it is busy are written together: a step that ends meanwhile adds nothing but them.
-    """
-
-    def __init__(self, latency_s: float, request_s: float, token_s: float) -> None:
-        self.latency_s, self.request_s, self.token_s = latency_s, request_s, token_s
-        self._free_at = 0.0
-        self._batch_begin, self._batch_size = -1.0, 0  # of the last tokens that were written, or will be
-
-    def read(self, arrival: float) -> float:
-        """When a request that arrives then is at the engine."""
-        self._free_at = max(self._free_at, arrival) + self.request_s
-        return self._free_at + self.latency_s
-
-    def write(self, now: float, num_tokens: int) -> float:
-        """When clients have the tokens of a step that ended now."""
-        if now < self._batch_begin:  # the batch before has not begun: they join it
-            self._free_at += max(0, num_tokens - self._batch_size) * self.token_s
-            self._batch_size = max(self._batch_size, num_tokens)
-        else:
-            self._batch_begin, self._batch_size = max(self._free_at, now), num_tokens
-            self._free_at = self._batch_begin + num_tokens * self.token_s
-        return self._free_at + self.latency_s
-
-
 class _Simulation:
     def __init__(
         self, deployment: Deployment, requests: Sequence[Request], is_offline: bool, on_finish: Callable[[], object]
@@ -181,53 +154,47 @@ class _Simulation:
         self.is_offline = is_offline
         self.calibration = deployment.hardware.calibration
         self.run_so_far = Run(work=self.executor.work)
-        costs = self.calibration
-        frontend = (0.0, 0.0, 0.0) if is_offline else (costs.frontend_s, costs.frontend_request_s, costs.frontend_token_s)
-        self._frontend = FrontEnd(*frontend)
-        self._to_come = [(one.arrival_s, index) for index, one in enumerate(requests) if one.after is None]  # a heap
-        heapify(self._to_come)
+        self._front_end = FrontEnd(self.calibration, self._see)
+        self._first_token: dict[int, float] = {}  # by index: when its client had it
+        self._ended: dict[int, GenerationOutput] = {}  # by the engine; their clients do not know it yet
         self._turns_after: dict[int, list[int]] = defaultdict(list)  # index of a request -> those that wait for its answer
         for index, one in enumerate(requests):
             if one.after is not None:
                 self._turns_after[one.after].append(index)
-        self._read: deque[tuple[float, int]] = deque()  # (when it is at the engine, index): the front end has begun with them
-        self._arrival: dict[int, float] = {}  # by index: of the requests that have arrived and are not finished
-        self._first_token: dict[str, float] = {}  # when its client had it
+            elif not is_offline:
+                self._arrive(one.arrival_s, index)
         self._on_finish = on_finish
         self._params: dict[int, SamplingParams] = {}
 
     def run(self, on_step: Callable[[LLMEngine], None] | None) -> Run:
-        engine, clock = self.engine, self.clock
+        engine, clock, front_end = self.engine, self.clock, self._front_end
         if self.is_offline:
             self._start_early()
-        while self._to_come or self._read or engine.has_work:
+        while True:
             if not engine.has_work:
-                clock.now = max(clock.now, self._read[0][0] if self._read else self._to_come[0][0])
-            self._read_arrivals()
-            while self._read and self._read[0][0] <= clock.now:
-                self._add(self._read.popleft()[1])
-            if engine.has_work:
-                self._hand_over(engine.step())
-                if on_step is not None:
-                    on_step(engine)
-        return self.run_so_far
+                begin = front_end.wait()
+                if begin == inf:
+                    return self.run_so_far
+                clock.now = max(clock.now, begin)
+            front_end.advance(clock.now)
+            for index in front_end.take(clock.now):
+                self._add(index)
+            self._hand_over(engine.step())
+            if on_step is not None:
+                on_step(engine)
 
     def _start_early(self) -> None:
         """`generate` dispatches one step when enough prompts for it are there, then adds the others."""
         budget = self.engine.scheduler.limits.max_num_batched_tokens
-        while self._to_come:
-            arrival, index = heappop(self._to_come)
-            self._arrival[index] = arrival
+        for index, request in enumerate(self.requests):
+            self._front_end.sent[index] = 0.0
             self._add(index)
-            missing, budget = budget, budget - len(self.requests[index].prompt)
-            if budget <= 0 < missing and self._to_come:
+            missing, budget = budget, budget - len(request.prompt)
+            if budget <= 0 < missing and index + 1 < len(self.requests):
                 self.engine.step(may_collect=False)
 
-    def _read_arrivals(self) -> None:
-        while self._to_come and self._to_come[0][0] <= self.clock.now:
-            arrival, index = heappop(self._to_come)
-            self._arrival[index] = arrival
-            self._read.append((self._frontend.read(arrival), index))
+    def _arrive(self, time: float, index: int) -> None:
+        self._front_end.arrive(time, index, len(self.requests[index].prompt))
 
     def _add(self, index: int) -> None:
         request = self.requests[index]
@@ -239,26 +206,37 @@ class _Simulation:
             self._params[num_output] = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True)
         return self._params[num_output]
 
-    def _hand_over(self, outputs: list) -> None:
+    def _hand_over(self, outputs: list[GenerationOutput]) -> None:
         """The tokens of a step go to their clients."""
         if not outputs:
             return
-        self._read_arrivals()  # what came before this step ended is ahead of its tokens
-        now = self.clock.now
-        seen = self._frontend.write(now, len(outputs))
-        for output in outputs:
-            if output.metrics.first_token_time == now:
-                self._first_token[output.request_id] = seen
-            if output.finished:
-                self._close(output, seen)
+        now, told = self.clock.now, []
+        for place, output in enumerate(outputs):
+            is_first = output.metrics.first_token_time == now
+            if is_first or output.finished:
+                index = int(output.request_id)
+                told.append(Told(place, index, is_first, output.finished))
+                if output.finished:
+                    self._ended[index] = output
+        if not self.is_offline:
+            self._front_end.tell(now, len(outputs), told)
+        else:
+            for one in told:
+                self._see(one, now)
 
-    def _close(self, output: GenerationOutput, seen: float) -> None:
-        times, index = output.metrics, int(output.request_id)
+    def _see(self, told: Told, time: float) -> None:
+        """A client has these tokens."""
+        index = told.index
+        if told.is_first:
+            self._first_token[index] = time
+        if not told.is_last:
+            return
+        times = self._ended.pop(index).metrics
         self.run_so_far.finished.append(
             Finished(
-                self._arrival.pop(index),
-                self._first_token.pop(output.request_id),
-                seen,
+                self._front_end.sent.pop(index),
+                self._first_token.pop(index),
+                time,
                 times.num_prompt_tokens,
                 times.num_generated_tokens,
                 times.num_cached_tokens,
@@ -266,7 +244,7 @@ class _Simulation:
             )
         )
         for turn in self._turns_after.pop(index, ()):
-            heappush(self._to_come, (seen + self.requests[turn].arrival_s, turn))
+            self._arrive(time + self.requests[turn].arrival_s, turn)
         self._on_finish()
 
 

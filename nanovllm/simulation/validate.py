@@ -106,10 +106,9 @@ def _loads(path: Path) -> Iterator[Load]:
     repeats = sorted({row["repeat"] for row in rows})
     for repeat in repeats:
         requests = shifted(workload, repeat).requests if repeat else workload.requests
-        ours = sorted((row for row in rows if row["repeat"] == repeat), key=lambda row: row["sent_ms"])
-        sent = [replace(requests[row["index"]], arrival_s=row["sent_ms"] / 1e3) for row in ours]
+        ours = [row for row in rows if row["repeat"] == repeat]
         what = f"{len(requests)} at once" if rate == float("inf") else f"{rate:g} requests/s"
-        yield Load(what, sent, ours, repeat == repeats[-1])
+        yield Load(what, requests, ours, repeat == repeats[-1])
 
 
 def _serving(loads: list[Load], engine: dict[str, Any]) -> Iterator[Line]:
@@ -126,7 +125,7 @@ def _serving(loads: list[Load], engine: dict[str, Any]) -> Iterator[Line]:
     finished = simulate(deployment, requests).finished
     for load, begin, end in zip(loads, begins, [*begins[1:], float("inf")]):
         if load.is_last_repeat:
-            ours = [one for one in finished if begin <= one.arrival < end]
+            ours = [one for one in finished if begin <= one.sent < end]
             yield from _compare(load, ours, begin)
 
 

@@ -29,12 +29,25 @@ def test_a_card_that_was_not_measured_says_so(capsys):
     assert "NOT calibrated" in capsys.readouterr().out
 
 
-def test_equal_seeds_give_equal_bytes_without_loading_torch():
-    program = (
-        "import sys; from nanovllm.cli import main; status = main(sys.argv[1:]); "
-        "sys.exit(status or ','.join(name for name in ('torch', 'numpy') if name in sys.modules) or 0)"
-    )
-    command = [sys.executable, "-c", program, "simulate", "--json", "--workload", SMALL, "--workload-seed", "4"]
+WITHOUT_TORCH = """
+import sys
+sys.modules.update(torch=None, numpy=None, triton=None, transformers=None)  # importing one of them is an error now
+from nanovllm.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--slo", "ttft=200ms,tpot=20ms", "--search", "replicas"],
+        ["--slo", "ttft=200ms", "--search", "limits", "--max-num-seqs", "32"],
+        ["--gpu", "cpu", "--model", "smollm2-135m"],
+    ],
+)
+def test_equal_seeds_give_equal_bytes_where_torch_cannot_be_imported(options):
+    command = [sys.executable, "-c", WITHOUT_TORCH, "simulate", "--json", "--workload", SMALL, "--workload-seed", "4", *options]
     first, second = (subprocess.run(command, capture_output=True) for _ in range(2))
     assert first.returncode == 0, first.stderr.decode()
     assert first.stdout == second.stdout

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from math import inf
 
 import pytest
 
 from nanovllm.config import SchedulerLimits
+from nanovllm.simulation.front_end import EventLoop, FrontEnd, Told
 from nanovllm.simulation.hardware import PROFILES, Calibration, Hardware
-from nanovllm.simulation.run import Deployment, FrontEnd, simulate
+from nanovllm.simulation.run import Deployment, simulate
 from nanovllm.simulation.search import _shares
 from nanovllm.simulation.shapes import SHAPES
 from nanovllm.workloads import Request, make_workload, parse_workload
@@ -18,7 +20,16 @@ SPEC = SHAPES["qwen3-0.6b"]
 ZERO = Calibration(**dict.fromkeys(Calibration.__dataclass_fields__, 0))
 # Everything is free but attention, which makes a step of any kind take one second, and the host's quarter of a second.
 ONE_SECOND = replace(
-    ZERO, memory=1, product=1, attention=1, elementwise=1, attention_s=1 / SPEC.num_layers, host_step_s=0.25, frontend_s=0.5
+    ZERO,
+    memory=1,
+    product=1,
+    burst_product=1,
+    overlap=1,
+    attention=1,
+    elementwise=1,
+    attention_s=1 / SPEC.num_layers,
+    host_step_s=0.25,
+    frontend_latency_s=0.5,
 )
 CLOCKWORK = Hardware("clockwork", 10**11, 1e30, 1e30, ONE_SECOND, has_graphs=False)
 
@@ -41,14 +52,53 @@ def test_two_requests_take_the_time_that_a_hand_computes():
     assert (a.ttft, b.ttft, a.tpot) == pytest.approx((2.25, 3.35, 1.0))
 
 
-def test_the_front_end_does_one_thing_at_a_time():
-    frontend = FrontEnd(latency_s=10.0, request_s=2.0, token_s=1.0)
-    assert frontend.read(0.0) == 12.0
-    assert frontend.read(1.0) == 14.0  # begins when the first has been read, at 2
-    assert frontend.write(3.0, 2) == 16.0  # begins at 4
-    assert frontend.write(3.5, 3) == 17.0  # the batch before has not begun: they go out together, 3 tokens and not 5
-    assert frontend.write(20.0, 1) == 31.0
-    assert frontend.read(20.5) == 33.0
+def test_what_becomes_ready_during_a_turn_waits_for_the_next():
+    loop, ran = EventLoop(), []
+
+    def step(name: str, seconds: float, then: str = ""):
+        def run(now: float) -> float:
+            ran.append((name, now))
+            if then:
+                loop.add(now + 0.5, step(then, 1.0))
+            return seconds
+
+        return run
+
+    loop.add(0.0, step("a", 1.0, then="c"))
+    loop.add(0.0, step("b", 3.0))
+    loop.add(9.0, step("d", 1.0))
+    while loop.next_turn < inf:
+        loop.run_turn(loop.next_turn)
+    assert ran == [("a", 0.0), ("b", 1.0), ("c", 4.0), ("d", 9.0)]
+
+
+def test_two_requests_at_once_pass_the_front_end_turn_by_turn():
+    # Three turns of the client's loop and five of the server's, a second each; between the third and the fourth of these
+    # a second of tokenising. Both are through three turns of the server at 20 and 21, tokenised at 21 and 22, and end at 24, 25.
+    costs = replace(ZERO, client_request_s=3.0, frontend_request_s=5.0, tokenize_token_s=0.5, frontend_latency_s=10.0)
+    front_end = FrontEnd(costs, lambda told, time: None)
+    for index in (0, 1):
+        front_end.arrive(0.0, index, num_tokens=2)
+    front_end.advance(23.9)
+    assert front_end.sent == {0: 0.0, 1: 1.0}
+    assert front_end.wait() == 24.0
+    assert front_end.take(24.0) == [0]
+    front_end.advance(inf)
+    assert front_end.take(24.9) == [] and front_end.take(25.0) == [1]
+    assert front_end.wait() == inf
+
+
+def test_tokens_are_written_one_after_the_other_and_share_events_when_the_front_end_is_busy():
+    costs = replace(ZERO, frontend_token_s=0.5, frontend_event_s=1.0, client_event_s=0.25, frontend_latency_s=10.0)
+    seen = []
+    front_end = FrontEnd(costs, lambda told, time: seen.append((told.index, time)))
+    # At the server at 10; taken until 11.5; events are out at 12.5, 13.5, 14.5.
+    front_end.tell(0.0, 3, [Told(0, 7, True, False), Told(2, 8, True, False)])
+    # These two come at 12 and 13, while it writes: taken together at 14.5, two times two tokens and only two events.
+    front_end.tell(2.0, 2, [Told(0, 7, False, True)])
+    front_end.tell(3.0, 2, [Told(1, 8, False, True)])
+    front_end.advance(inf)
+    assert seen == [(7, 12.5), (8, 14.5), (7, 17.5), (8, 18.5)]
 
 
 def test_without_a_step_ahead_the_host_is_on_the_path():
@@ -64,9 +114,11 @@ def test_every_request_finishes_and_tokens_add_up():
     workload = parse_workload("poisson:rate=200,num_requests=80,num_input=150,num_output=20,spread=0.9", seed=3)
     run = simulate(deployment(), workload.requests)
     assert len(run.finished) == 80
-    wanted = sorted((one.arrival_s, len(one.prompt), one.num_output) for one in workload.requests)
-    assert wanted == sorted((one.arrival, one.num_input, one.num_output) for one in run.finished)
-    assert all(one.arrival < one.first_token <= one.finish for one in run.finished)
+    wanted = sorted((len(one.prompt), one.num_output) for one in workload.requests)
+    assert wanted == sorted((one.num_input, one.num_output) for one in run.finished)
+    due = sorted(one.arrival_s for one in workload.requests)
+    assert all(0 <= sent - time < 0.01 for sent, time in zip(sorted(one.sent for one in run.finished), due, strict=True))
+    assert all(one.sent < one.first_token <= one.finish for one in run.finished)
     num_preemptions = sum(one.num_preemptions for one in run.finished)
     computed = sum(one.num_input + one.num_output - 1 - one.num_cached for one in run.finished)
     assert run.work.num_tokens >= computed
@@ -128,7 +180,7 @@ def test_eager_launches_cost_host_time():
 
 def test_nothing_arrives_before_the_front_end_let_it_through():
     (one,) = simulate(deployment(), [request(5.0, 10, 1)]).finished
-    assert one.ttft > 2 * PROFILES["h200"].calibration.frontend_s
+    assert one.ttft > 2 * PROFILES["h200"].calibration.frontend_latency_s
     assert one.finish > 5.0
 
 
@@ -143,7 +195,7 @@ def test_a_turn_comes_after_the_answer_before_it_and_finds_the_conversation_in_t
     assert len(lengths) == 4, "every turn is longer than the one before"
     for before, after in pairwise(lengths):
         due = sorted(one.finish + 0.5 for one in by_length[before])
-        assert sorted(one.arrival for one in by_length[after]) == pytest.approx(due)
+        assert sorted(one.sent for one in by_length[after]) == pytest.approx(due, abs=1e-3)
         assert all(one.num_cached >= before // 16 * 16 - 16 for one in by_length[after])
 
 
