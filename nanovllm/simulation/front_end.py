@@ -88,7 +88,7 @@ class Told(NamedTuple):
     """A stream of a step's message that somebody wants to know about: its first token, or its last."""
 
     place: int  # among the streams of the message
-    index: int  # of the request
+    request: int
     is_first: bool
     is_last: bool
 

@@ -226,7 +226,7 @@ class _Simulation:
 
     def _see(self, told: Told, time: float) -> None:
         """A client has these tokens."""
-        index = told.index
+        index = told.request
         if told.is_first:
             self._first_token[index] = time
         if not told.is_last:

@@ -91,7 +91,7 @@ def test_two_requests_at_once_pass_the_front_end_turn_by_turn():
 def test_tokens_are_written_one_after_the_other_and_share_events_when_the_front_end_is_busy():
     costs = replace(ZERO, frontend_token_s=0.5, frontend_event_s=1.0, client_event_s=0.25, frontend_latency_s=10.0)
     seen = []
-    front_end = FrontEnd(costs, lambda told, time: seen.append((told.index, time)))
+    front_end = FrontEnd(costs, lambda told, time: seen.append((told.request, time)))
     # At the server at 10; taken until 11.5; events are out at 12.5, 13.5, 14.5.
     front_end.tell(0.0, 3, [Told(0, 7, True, False), Told(2, 8, True, False)])
     # These two come at 12 and 13, while it writes: taken together at 14.5, two times two tokens and only two events.
