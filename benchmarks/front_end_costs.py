@@ -4,8 +4,9 @@
 
 Four loads of one server whose engine computes nothing, with the client that the benchmarks use; each is many streams at
 once. Answers of one token after prompts of 4, 512 and 1,024 words; answers of many tokens, *paced* so that every token is
-an event of its own; the same *saturated*, where tokens that have come meanwhile share an event. Processor time hardly
-depends on what else the machine does. `nanovllm/simulation/calibrate.py` makes the simulator's front end of the record.
+an event of its own; the same *saturated*, where tokens that have come meanwhile share an event. The server's event loop is
+the main thread of its process; its other threads tokenise, and move bytes. Processor time hardly depends on what else the
+machine does. `nanovllm/simulation/calibrate.py` makes the simulator's front end of the record.
 """
 
 from __future__ import annotations
@@ -15,12 +16,20 @@ import asyncio
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
-from front_end import STEPS_PER_SECOND, cpu_seconds, running_server
+from front_end import STEPS_PER_SECOND, running_server
 
 from nanovllm.bench.http_client import Endpoint, stream
 from nanovllm.bench.record import summary, write_record
+
+
+def thread_times(pid: int) -> tuple[float, float]:
+    """Processor time of a process so far, seconds: (its main thread, its other threads)."""
+    times = {path.name: int((path / "schedstat").read_text().split()[0]) / 1e9 for path in Path(f"/proc/{pid}/task").iterdir()}
+    main = times.pop(str(pid))
+    return main, sum(times.values())
 
 
 async def send(port: int, num_streams: int, num_words: int, num_tokens: int) -> float:
@@ -40,14 +49,16 @@ def measure(builder: str, loads: dict[str, tuple[int, int]], num_streams: int, r
     engine = {"builder": builder, "max_num_seqs": num_streams, "num_kv_blocks": 131_072}
     results: dict[str, Any] = {}
     with running_server({}, engine) as (port, pids):
+        (server,) = pids["front end"]
         for name, (num_words, num_tokens) in loads.items():
             asyncio.run(send(port, num_streams, num_words, num_tokens))  # warm
-            values: dict[str, list[float]] = {"events_per_token": [], "server_us": [], "client_us": []}
+            values: dict[str, list[float]] = {"events_per_token": [], "loop_us": [], "threads_us": [], "client_us": []}
             for _ in range(repeats):
-                server, client = cpu_seconds(pids["front end"]), time.process_time()
+                before = (*thread_times(server), time.process_time())
                 values["events_per_token"].append(asyncio.run(send(port, num_streams, num_words, num_tokens)))
-                values["server_us"].append((cpu_seconds(pids["front end"]) - server) / num_streams * 1e6)
-                values["client_us"].append((time.process_time() - client) / num_streams * 1e6)
+                after = (*thread_times(server), time.process_time())
+                for key, start, end in zip(("loop_us", "threads_us", "client_us"), before, after):
+                    values[key].append((end - start) / num_streams * 1e6)
             medians = {key: summary(numbers) for key, numbers in values.items()}
             results[name] = {"words": num_words, "tokens": num_tokens, **medians}
             print(name, {key: round(value["median"], 3) for key, value in medians.items()}, flush=True)
