@@ -3,10 +3,10 @@
     records of kernels   bandwidth, matrix rates, latency of each kind of kernel, sampler
     record of steps      the gap between two kernels of a graph
     offline records      host time of a step (their `steps`), by batch size
-    serving records      the three costs of the front end, from TTFT p50 of three loads (by hand, not here)
+    front end costs      what keeps the event loops of server and client busy, by request and by event
 
-Every kernel number comes from kernels alone: throughputs and latencies of whole runs are predictions, and are not
-fitted. Read next: `validate.py`.
+By hand, not here: `idle_s` from one first token offline, `frontend_latency_s` from TTFT p50 of one load, `burst_s`, and the
+keyframe and eager launches. All else of whole runs is a prediction. Read next: `validate.py`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ HOST_TOKEN_S = 0.012 / 131_072  # benchmarks/LOG.md, 2026-11-25: checking 131,07
 def calibrate(
     hardware: Hardware, kernels: dict[str, Any], steps: dict[str, Any], offline: Iterable[dict[str, Any]]
 ) -> Calibration:
-    """The calibration of `hardware` without its front end, which is kept."""
+    """The calibration of `hardware`; its front end is kept, and so is what was set by hand."""
     memory = kernels["ceilings"]["read_bytes_per_s"]
-    burst = hardware.calibration.burst_product * hardware.flops
+    burst = kernels["ceilings"].get("bf16_burst_flop_per_s", hardware.calibration.burst_product * hardware.flops)
     attention_rate, tile_keys = _prompt_attention(kernels)
     product_s, attention_s = (_latency(kernels, one, memory, burst) for one in (_is_library_product, _is_decode_attention))
     host_step_s, host_sequence_s = _host(offline)
@@ -37,6 +37,7 @@ def calibrate(
         hardware.calibration,
         memory=memory / hardware.bandwidth,
         product=kernels["ceilings"]["bf16_flop_per_s"] / hardware.flops,
+        burst_product=burst / hardware.flops,
         overlap=_overlap(kernels, memory, burst, product_s),
         attention=attention_rate / hardware.flops,
         tile_keys=tile_keys,
@@ -53,6 +54,26 @@ def calibrate(
         host_token_s=HOST_TOKEN_S,
     )
     return replace(calibration, gap_s=_gap(replace(hardware, calibration=calibration), steps))
+
+
+def calibrate_front_end(calibration: Calibration, costs: dict[str, Any]) -> Calibration:
+    """With the processor times of the record `front-end-costs`; the latency, which is none, is kept."""
+    loads = costs["loads"]
+
+    def us(load: str, key: str) -> float:
+        return loads[load][key]["median"]
+
+    num_events = sum(sign * loads[one]["tokens"] * us(one, "events_per_token") for one, sign in (("paced", 1), ("saturated", -1)))
+    event_us, client_event_us = ((us("paced", key) - us("saturated", key)) / num_events for key in ("loop_us", "client_us"))
+    num_words = loads["words 1024"]["words"] - loads["words 512"]["words"]
+    return replace(
+        calibration,
+        frontend_request_s=1e-6 * (us("words 512", "loop_us") - event_us),
+        frontend_event_s=1e-6 * event_us,
+        tokenize_token_s=1e-6 * (us("words 1024", "threads_us") - us("words 512", "threads_us")) / num_words,
+        client_request_s=1e-6 * (us("words 512", "client_us") - client_event_us),
+        client_event_s=1e-6 * client_event_us,
+    )
 
 
 def _times(kernels: dict[str, Any], is_wanted: Callable[[str], bool], shape: str) -> list[float]:

@@ -11,7 +11,7 @@ tokens of the others. The way of a request, with whom it keeps busy:
 
 and of the tokens of a step:
 
-    server    take the engine's message, a little for each token; in a later turn, write an event for each stream
+    server    take the engine's message, which is quick; in a later turn, write an event for each stream
     client    read each event
 
 Messages that wait while the server is busy are taken together, and a stream's tokens are then one event. What nobody's
@@ -168,21 +168,19 @@ class FrontEnd:
             self._server.add(self._messages[0][0], self._drain)
 
     def _drain(self, now: float) -> float:
-        num_tokens = num_events = 0
+        num_events = 0
         told: list[Told] = []
         for _ in range(MAX_MESSAGES_PER_TURN):
             if not self._messages or self._messages[0][0] > now:
                 break
             _, num_streams, more = self._messages.popleft()
-            num_tokens += num_streams
             num_events = max(num_events, num_streams)
             told += more
-        seconds = num_tokens * self._costs.frontend_token_s
-        self._server.add(now + seconds, lambda start: self._write(start, num_events, told))
+        self._server.add(now, lambda start: self._write(start, num_events, told))
         self._is_draining = bool(self._messages)
         if self._messages:
-            self._server.add(max(now + seconds, self._messages[0][0]), self._drain)
-        return seconds
+            self._server.add(max(now, self._messages[0][0]), self._drain)
+        return 0.0
 
     def _write(self, now: float, num_events: int, told: list[Told]) -> float:
         """An event for each stream, one after the other; the client reads them as they come."""

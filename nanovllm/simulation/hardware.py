@@ -42,12 +42,12 @@ class Calibration:
     host_step_s: float  # host: schedule, prepare, launch and apply, of any step
     host_sequence_s: float  # host: the same, for each sequence of the step
     host_token_s: float  # host: door and seat, for each token of a new prompt
+    keyframe_block_s: float  # host of a server: for each block of the cache, once in so many steps (the flight recorder)
     eager_launch_s: float  # host: one kernel without a graph; an assumption, not measured
     frontend_latency_s: float  # of a request's way in, and again of a token's way out, that keeps no event loop busy
     frontend_request_s: float  # of the server's event loop, for a request
+    frontend_event_s: float  # and for an event: the tokens of one stream that are written together
     tokenize_token_s: float  # in a thread of the server, for each token of a prompt
-    frontend_token_s: float  # of the server's event loop, for each token
-    frontend_event_s: float  # and for each event: tokens of one stream that are written together
     client_request_s: float  # of the client's event loop: connect and send
     client_event_s: float  # and read an event
 
@@ -89,14 +89,14 @@ H200_CALIBRATION = Calibration(
     host_step_s=222.4e-6,
     host_sequence_s=5.888e-6,
     host_token_s=91.55e-9,
+    keyframe_block_s=65e-9,
     eager_launch_s=6e-6,
-    frontend_latency_s=1.5e-3,
-    frontend_request_s=0.5e-3,
-    tokenize_token_s=0.3e-6,
-    frontend_token_s=1.0e-6,
-    frontend_event_s=20e-6,
-    client_request_s=0.19e-3,
-    client_event_s=11e-6,
+    frontend_latency_s=1.7e-3,
+    frontend_request_s=439.8e-6,
+    frontend_event_s=25.14e-6,
+    tokenize_token_s=242.5e-9,
+    client_request_s=162.1e-6,
+    client_event_s=14.94e-6,
 )
 
 # A rough guess beside 2026-11-20-cpu-torch.json (SmolLM2-135M, two cores): one stream is right, batches come out 20 to 40 %
@@ -122,14 +122,14 @@ CPU_CALIBRATION = Calibration(
     host_step_s=60e-6,
     host_sequence_s=2e-6,
     host_token_s=92e-9,
+    keyframe_block_s=65e-9,
     eager_launch_s=0.0,
     frontend_latency_s=0.6e-3,
-    frontend_request_s=0.5e-3,
-    tokenize_token_s=0.4e-6,
-    frontend_token_s=8.2e-6,
-    frontend_event_s=30.9e-6,
-    client_request_s=0.19e-3,
-    client_event_s=23.5e-6,
+    frontend_request_s=439.8e-6,
+    frontend_event_s=25.14e-6,
+    tokenize_token_s=242.5e-9,
+    client_request_s=162.1e-6,
+    client_event_s=14.94e-6,
 )
 
 

@@ -32,6 +32,7 @@ from nanovllm.simulation.front_end import FrontEnd, Told
 from nanovllm.simulation.hardware import Hardware
 from nanovllm.workloads import Request
 
+KEYFRAME_STEPS = 1024  # of `nanovllm serve`: steps between two keyframes of its flight recorder
 ANY_TOKEN = 1 << 31  # the engine's vocabulary: a workload need not know the model's
 
 
@@ -165,6 +166,8 @@ class _Simulation:
                 self._arrive(one.arrival_s, index)
         self._on_finish = on_finish
         self._params: dict[int, SamplingParams] = {}
+        self._num_collected = 0
+        self._keyframe_s = deployment.num_blocks * self.calibration.keyframe_block_s
 
     def run(self, on_step: Callable[[LLMEngine], None] | None) -> Run:
         engine, clock, front_end = self.engine, self.clock, self._front_end
@@ -211,6 +214,9 @@ class _Simulation:
         if not outputs:
             return
         now, told = self.clock.now, []
+        self._num_collected += 1
+        if not self.is_offline and self._num_collected % KEYFRAME_STEPS == 0:
+            self.clock.now += self._keyframe_s
         for place, output in enumerate(outputs):
             is_first = output.metrics.first_token_time == now
             if is_first or output.finished:
@@ -219,7 +225,7 @@ class _Simulation:
                 if output.finished:
                     self._ended[index] = output
         if not self.is_offline:
-            self._front_end.tell(now, len(outputs), told)
+            self._front_end.tell(self.clock.now, len(outputs), told)
         else:
             for one in told:
                 self._see(one, now)

@@ -11,7 +11,7 @@ import pytest
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.errors import ConfigError
 from nanovllm.simulation import cost as cost_module
-from nanovllm.simulation.calibrate import calibrate
+from nanovllm.simulation.calibrate import calibrate, calibrate_front_end
 from nanovllm.simulation.cost import CostModel
 from nanovllm.simulation.hardware import H200_CALIBRATION, PROFILES, find_hardware
 from nanovllm.simulation.shapes import SHAPES, find_shape
@@ -38,6 +38,7 @@ def batch(*chunks: tuple[int, int], sampled: int | None = None) -> ScheduledBatc
 def test_the_profile_is_what_the_records_say():
     offline = json.loads((RECORDS / "2026-11-29-gpu-qwen3-0.6b.json").read_text())  # the host's work was cut since the others
     computed = calibrate(PROFILES["h200"], record("kernels"), record("steps-qwen3-0.6b"), [offline])
+    computed = calibrate_front_end(computed, json.loads((RECORDS / "2026-11-29-front-end-costs.json").read_text()))
     for field in fields(H200_CALIBRATION):
         assert getattr(H200_CALIBRATION, field.name) == pytest.approx(getattr(computed, field.name), rel=0.01), field.name
 

@@ -89,16 +89,16 @@ def test_two_requests_at_once_pass_the_front_end_turn_by_turn():
 
 
 def test_tokens_are_written_one_after_the_other_and_share_events_when_the_front_end_is_busy():
-    costs = replace(ZERO, frontend_token_s=0.5, frontend_event_s=1.0, client_event_s=0.25, frontend_latency_s=10.0)
+    costs = replace(ZERO, frontend_event_s=1.0, client_event_s=0.25, frontend_latency_s=10.0)
     seen = []
     front_end = FrontEnd(costs, lambda told, time: seen.append((told.request, time)))
-    # At the server at 10; taken until 11.5; events are out at 12.5, 13.5, 14.5.
+    # At the server at 10; events are out at 11, 12, 13.
     front_end.tell(0.0, 3, [Told(0, 7, True, False), Told(2, 8, True, False)])
-    # These two come at 12 and 13, while it writes: taken together at 14.5, two times two tokens and only two events.
-    front_end.tell(2.0, 2, [Told(0, 7, False, True)])
-    front_end.tell(3.0, 2, [Told(1, 8, False, True)])
+    # These two come at 11 and 12, while it writes: taken together at 13, two times two tokens and only two events.
+    front_end.tell(1.0, 2, [Told(0, 7, False, True)])
+    front_end.tell(2.0, 2, [Told(1, 8, False, True)])
     front_end.advance(inf)
-    assert seen == [(7, 12.5), (8, 14.5), (7, 17.5), (8, 18.5)]
+    assert seen == [(7, 11.0), (8, 13.0), (7, 14.0), (8, 15.0)]
 
 
 def test_without_a_step_ahead_the_host_is_on_the_path():
