@@ -3,8 +3,9 @@
     python benchmarks/gpu_kernels.py --record gpu-kernels
 
 The ceilings are measured in the same run: reading bandwidth (a reduction over 4 GB) and the bf16 matrix rate (8192 cubed),
-which is higher for a few products after a rest than for many, when power limits the clock. Times are replays of CUDA graphs over several sets of buffers, so that the cache helps no more than in a step.
-Bytes and operations are the least that the work needs. Shapes: Qwen3-0.6B (16 query heads on 8 KV heads of 128).
+which is higher for a few products after a rest than for many, when power limits the clock. Times are replays of CUDA
+graphs over several sets of buffers, so that the cache helps no more than in a step. Bytes and operations are the least that
+the work needs. Shapes: Qwen3-0.6B (16 query heads on 8 KV heads of 128).
 """
 
 from __future__ import annotations
