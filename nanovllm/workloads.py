@@ -88,6 +88,27 @@ def shifted(workload: Workload, number: int) -> Workload:
     return replace(workload, requests=requests)
 
 
+def deal(requests: Sequence[Request], count: int) -> list[tuple[list[int], list[Request]]]:
+    """Requests dealt out round-robin: for each of `count` parts the indices of its requests, and the requests.
+
+    One that waits for another goes where that one went; `after` is then an index into its part.
+    """
+    parts: list[tuple[list[int], list[Request]]] = [([], []) for _ in range(count)]
+    seats: list[tuple[int, int]] = []  # of each request: its part, and its place there
+    turn = 0
+    for index, one in enumerate(requests):
+        if one.after is None:
+            part, before = turn % count, None
+            turn += 1
+        else:
+            part, before = seats[one.after]
+        indices, dealt = parts[part]
+        seats.append((part, len(dealt)))
+        indices.append(index)
+        dealt.append(replace(one, after=before))
+    return parts
+
+
 def _distribution(values: list[int]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values), "sum": sum(values)}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nanovllm.errors import ConfigError
-from nanovllm.workloads import make_workload, parse_parameters, shifted, write_trace
+from nanovllm.workloads import Request, deal, make_workload, parse_parameters, shifted, write_trace
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKSUMS = {
@@ -118,6 +118,14 @@ def test_a_shifted_workload_shares_the_same_things_in_other_words():
     assert len(set(zip(flat, moved))) == len(set(flat)) == len(set(moved))  # one to one
     assert (min(moved), max(moved)) >= (min(flat), 1) and max(moved) <= max(flat)
     assert not {one.prompt[:40] for one in other.requests} & {one.prompt[:40] for one in workload.requests}
+
+
+def test_requests_are_dealt_in_turn_and_a_conversation_stays_where_it_began():
+    requests = [Request(0.0, (1,), number, after=after) for number, after in enumerate((None, None, 1, None, 2))]
+    (first, evens), (second, odds) = deal(requests, 2)
+    assert (first, second) == ([0, 3], [1, 2, 4])
+    assert [one.num_output for one in evens] == first and [one.num_output for one in odds] == second
+    assert [one.after for one in evens] == [None, None] and [one.after for one in odds] == [None, 0, 1]
 
 
 def test_a_trace_replays_what_was_written(tmp_path):

@@ -1,4 +1,4 @@
-"""The front end of a simulated server, and its client: two programs with one event loop each.
+"""The front end of a simulated server, and its client: programs with one event loop each.
 
 An event loop does one thing at a time, in turns: what becomes ready during a turn waits for the next. So of requests that
 come at one moment none reaches the engine before all of them have been read, and the first token of one waits for the
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from heapq import heappop, heappush
 from math import inf
 from typing import NamedTuple
@@ -99,11 +100,12 @@ class FrontEnd:
     `on_seen(told, time)`: a client has these tokens. It may let further requests arrive.
     """
 
-    def __init__(self, costs: Calibration, on_seen: Callable[[Told, float], None]) -> None:
+    def __init__(self, costs: Calibration, on_seen: Callable[[Told, float], None], num_clients: int = 1) -> None:
         self._costs = costs
         self._on_seen = on_seen
         self.sent: dict[int, float] = {}  # by request, until somebody takes it out: when its client began with it
-        self._client, self._server = EventLoop(), EventLoop()
+        self._server = EventLoop()
+        self._clients = [EventLoop() for _ in range(num_clients)]  # programs, to which requests are dealt out
         self._at_engine: deque[tuple[float, int]] = deque()  # (when, index)
         self._messages: deque[tuple[float, int, Sequence[Told]]] = deque()  # (when, streams, told): not taken yet
         self._is_draining = False
@@ -126,8 +128,11 @@ class FrontEnd:
         return self._at_engine[0][0] if self._at_engine else inf
 
     def _next_turn(self) -> tuple[EventLoop, float]:
-        client, server = self._client.next_turn, self._server.next_turn
-        return (self._client, client) if client < server else (self._server, server)
+        first, start = self._server, self._server.next_turn
+        for client in self._clients:
+            if (turn := client.next_turn) < start:
+                first, start = client, turn
+        return first, start
 
     # --- requests
 
@@ -149,7 +154,8 @@ class FrontEnd:
         def hand_over(now: float) -> None:
             self._at_engine.append((now, index))
 
-        _run_turns(self._client, time, CLIENT_TURNS, costs.client_request_s / CLIENT_TURNS, send, begin)
+        client = self._clients[index % len(self._clients)]
+        _run_turns(client, time, CLIENT_TURNS, costs.client_request_s / CLIENT_TURNS, send, begin)
 
     def take(self, now: float) -> list[int]:
         """The requests that have come to the engine by now."""
@@ -176,20 +182,22 @@ class FrontEnd:
             _, num_streams, more = self._messages.popleft()
             num_events = max(num_events, num_streams)
             told += more
-        self._server.add(now, lambda start: self._write(start, num_events, told))
+        self._server.add(now, partial(self._write, num_events=num_events, told=told))
         self._is_draining = bool(self._messages)
         if self._messages:
             self._server.add(max(now, self._messages[0][0]), self._drain)
         return 0.0
 
     def _write(self, now: float, num_events: int, told: list[Told]) -> float:
-        """An event for each stream, one after the other; the client reads them as they come."""
-        event_s = self._costs.frontend_event_s
-        self._client.add(now + event_s, lambda start: self._read(start, now, num_events, told))
+        """An event for each stream, one after the other; the clients read them as they come."""
+        event_s, num_clients = self._costs.frontend_event_s, len(self._clients)
+        for number, client in enumerate(self._clients):
+            ours = [one for one in told if one.request % num_clients == number]
+            client.add(now + event_s, partial(self._read, now, num_events / num_clients, ours))
         return num_events * event_s
 
-    def _read(self, now: float, written: float, num_events: int, told: list[Told]) -> float:
+    def _read(self, written: float, num_events: float, told: list[Told], now: float) -> float:
         event_s, read_s = self._costs.frontend_event_s, self._costs.client_event_s
         for one in told:
-            self._on_seen(one, max(written + (one.place + 1) * event_s, now + one.place * read_s))
+            self._on_seen(one, max(written + (one.place + 1) * event_s, now + one.place * read_s / len(self._clients)))
         return num_events * read_s

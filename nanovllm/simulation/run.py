@@ -118,17 +118,23 @@ def simulate(
     requests: Sequence[Request],
     *,
     is_offline: bool = False,
+    num_clients: int = 1,
     on_finish: Callable[[], object] = lambda: None,
     on_step: Callable[[LLMEngine], None] | None = None,
 ) -> Run:
-    """Run `requests` to their end. `on_step` sees the engine after every step: for tests."""
+    """Run `requests` to their end. `num_clients`: programs that send them. `on_step`, for tests, sees the engine after a step."""
     with _without_garbage_collection():
-        return _Simulation(deployment, requests, is_offline, on_finish).run(on_step)
+        return _Simulation(deployment, requests, is_offline, num_clients, on_finish).run(on_step)
 
 
 class _Simulation:
     def __init__(
-        self, deployment: Deployment, requests: Sequence[Request], is_offline: bool, on_finish: Callable[[], object]
+        self,
+        deployment: Deployment,
+        requests: Sequence[Request],
+        is_offline: bool,
+        num_clients: int,
+        on_finish: Callable[[], object],
     ) -> None:
         self.clock = VirtualClock()
         limits, spec = deployment.limits, deployment.spec
@@ -155,7 +161,7 @@ class _Simulation:
         self.is_offline = is_offline
         self.calibration = deployment.hardware.calibration
         self.run_so_far = Run(work=self.executor.work)
-        self._front_end = FrontEnd(self.calibration, self._see)
+        self._front_end = FrontEnd(self.calibration, self._see, num_clients)
         self._first_token: dict[int, float] = {}  # by index: when its client had it
         self._ended: dict[int, GenerationOutput] = {}  # by the engine; their clients do not know it yet
         self._turns_after: dict[int, list[int]] = defaultdict(list)  # index of a request -> those that wait for its answer

@@ -14,7 +14,7 @@ from typing import Any
 
 from nanovllm.simulation.report import Objectives, summarize
 from nanovllm.simulation.run import Deployment, Run, simulate
-from nanovllm.workloads import Request, Workload
+from nanovllm.workloads import Workload, deal
 
 NUM_SEQUENCES = (32, 64, 128, 256)  # tried for max_num_seqs, up to what was asked for
 BUDGETS = (512, 1024, 2048, 4096, 8192, 16_384)  # tried for max_num_batched_tokens
@@ -25,24 +25,9 @@ def run_replicas(
     deployment: Deployment, workload: Workload, num_replicas: int, on_finish: Callable[[], object] = lambda: None
 ) -> list[Run]:
     """One run for each replica that got a request. Something that is all there at the beginning has no front end."""
-    shares, is_offline = _shares(workload.requests, num_replicas), workload.is_all_at_once
-    return [simulate(deployment, share, is_offline=is_offline, on_finish=on_finish) for share in shares if share]
-
-
-def _shares(requests: Sequence[Request], num_replicas: int) -> list[list[Request]]:
-    """What each replica gets. `after` becomes an index into its own share."""
-    shares: list[list[Request]] = [[] for _ in range(num_replicas)]
-    places: list[tuple[int, int]] = []  # of each request: (replica, index in its share)
-    turn = 0
-    for one in requests:
-        if one.after is None:
-            replica, turn = turn % num_replicas, turn + 1
-        else:
-            replica, after = places[one.after]
-            one = replace(one, after=after)
-        places.append((replica, len(shares[replica])))
-        shares[replica].append(one)
-    return shares
+    is_offline = workload.is_all_at_once
+    shares = [share for _, share in deal(workload.requests, num_replicas) if share]
+    return [simulate(deployment, share, is_offline=is_offline, on_finish=on_finish) for share in shares]
 
 
 def find_replicas(

@@ -15,7 +15,7 @@ from nanovllm.simulation.calibrate import calibrate, calibrate_front_end
 from nanovllm.simulation.cost import CostModel
 from nanovllm.simulation.hardware import H200_CALIBRATION, PROFILES, find_hardware
 from nanovllm.simulation.shapes import SHAPES, find_shape
-from nanovllm.simulation.validate import Line, _loads, describe_lines, validate
+from nanovllm.simulation.validate import Line, Server, _loads, describe_lines, validate
 from nanovllm.workloads import make_workload, shifted
 
 RECORDS = Path(__file__).resolve().parents[2] / "benchmarks/records"
@@ -104,10 +104,10 @@ def test_offline_lines_of_prompts_hold_the_bar():
 
 def test_the_requests_of_the_serving_records_are_simulated():
     """Prompts are those that `bench serve` makes, moved for each repeat."""
-    loads = list(_loads(RECORDS / "2026-11-29-gpu-serve-at-once-128.json"))
+    loads = list(_loads(RECORDS, Server(("at-once-128",), ("at-once-128",))))
     workload = make_workload("poisson", rate=float("inf"), num_requests=128, num_input=1024, num_output=512)
     assert [load.requests for load in loads] == [shifted(workload, repeat).requests for repeat in (0, 1, 2)]
-    assert [load.is_last_repeat for load in loads] == [False, False, True] and loads[0].what == "128 at once"
+    assert [load.is_compared for load in loads] == [False, False, True] and loads[0].what == "128 at once"
     assert all(len(load.rows) == 128 and load.rows[0]["repeat"] == repeat for repeat, load in enumerate(loads))
 
 

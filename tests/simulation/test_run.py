@@ -12,7 +12,6 @@ from nanovllm.config import SchedulerLimits
 from nanovllm.simulation.front_end import EventLoop, FrontEnd, Told
 from nanovllm.simulation.hardware import PROFILES, Calibration, Hardware
 from nanovllm.simulation.run import Deployment, simulate
-from nanovllm.simulation.search import _shares
 from nanovllm.simulation.shapes import SHAPES
 from nanovllm.workloads import Request, make_workload, parse_workload
 
@@ -197,16 +196,3 @@ def test_a_turn_comes_after_the_answer_before_it_and_finds_the_conversation_in_t
         due = sorted(one.finish + 0.5 for one in by_length[before])
         assert sorted(one.sent for one in by_length[after]) == pytest.approx(due, abs=1e-3)
         assert all(one.num_cached >= before // 16 * 16 - 16 for one in by_length[after])
-
-
-def test_replicas_take_turns_and_a_conversation_stays_where_it_began():
-    requests = [
-        request(0.0, 4, 1),
-        request(0.1, 5, 1),
-        request(1.0, 6, 1, after=1),
-        request(0.2, 7, 1),
-        request(1.0, 8, 1, after=2),
-    ]
-    shares = _shares(requests, 2)
-    assert [[len(one.prompt) for one in share] for share in shares] == [[4, 7], [5, 6, 8]]
-    assert [one.after for one in shares[1]] == [None, 0, 1]
