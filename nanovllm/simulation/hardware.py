@@ -91,11 +91,11 @@ H200_CALIBRATION = Calibration(
     host_token_s=91.55e-9,
     keyframe_block_s=65e-9,
     eager_launch_s=6e-6,
-    frontend_latency_s=1.7e-3,
-    frontend_request_s=439.8e-6,
-    frontend_event_s=25.14e-6,
+    frontend_latency_s=1.5e-3,
+    frontend_request_s=570e-6,
+    frontend_event_s=20e-6,
     tokenize_token_s=242.5e-9,
-    client_request_s=162.1e-6,
+    client_request_s=190e-6,
     client_event_s=14.94e-6,
 )
 

@@ -119,12 +119,17 @@ def simulate(
     *,
     is_offline: bool = False,
     num_clients: int = 1,
+    num_steps_before: int = 0,
     on_finish: Callable[[], object] = lambda: None,
     on_step: Callable[[LLMEngine], None] | None = None,
 ) -> Run:
-    """Run `requests` to their end. `num_clients`: programs that send them. `on_step`, for tests, sees the engine after a step."""
+    """Run `requests` to their end.
+
+    `num_clients`: programs that send them. `num_steps_before`: made by the server, whose flight recorder counts them.
+    `on_step`, for tests, sees the engine after every step.
+    """
     with _without_garbage_collection():
-        return _Simulation(deployment, requests, is_offline, num_clients, on_finish).run(on_step)
+        return _Simulation(deployment, requests, is_offline, num_clients, num_steps_before, on_finish).run(on_step)
 
 
 class _Simulation:
@@ -134,6 +139,7 @@ class _Simulation:
         requests: Sequence[Request],
         is_offline: bool,
         num_clients: int,
+        num_steps_before: int,
         on_finish: Callable[[], object],
     ) -> None:
         self.clock = VirtualClock()
@@ -172,7 +178,7 @@ class _Simulation:
                 self._arrive(one.arrival_s, index)
         self._on_finish = on_finish
         self._params: dict[int, SamplingParams] = {}
-        self._num_collected = 0
+        self._num_collected = num_steps_before
         self._keyframe_s = deployment.num_blocks * self.calibration.keyframe_block_s
 
     def run(self, on_step: Callable[[LLMEngine], None] | None) -> Run:
