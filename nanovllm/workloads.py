@@ -246,6 +246,8 @@ def multi_tenant(
 
 def trace(rng: Random, path: str = "", vocabulary: int = VOCABULARY, speed: float = 1.0) -> Iterator[Request]:
     """Replay a file of JSON lines, `speed` times as fast. Two forms, see docs/benchmarks.md: ours, and Mooncake's."""
+    if not path:
+        raise ConfigError("workload 'trace' needs a file: path=FILE")
     blocks: dict[int, tuple[int, ...]] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()

@@ -157,6 +157,7 @@ def test_a_trace_of_mooncake_shares_the_blocks_that_its_ids_share(tmp_path):
         ("poisson", {"num_requests": 1.5}, "num_requests=1.5"),
         ("poisson", {"num_input": True}, "num_input=True"),
         ("nano-vllm", {"shortest": 9, "longest": 8}, "cannot be made"),
+        ("trace", {}, "needs a file: path=FILE"),
         ("trace", {"path": "/nowhere"}, "cannot be read"),
         ("trace", {"path": 3}, "path=3"),
     ],
@@ -164,6 +165,15 @@ def test_a_trace_of_mooncake_shares_the_blocks_that_its_ids_share(tmp_path):
 def test_a_workload_that_makes_no_sense_is_refused(name, parameters, problem):
     with pytest.raises(ConfigError, match=problem):
         make_workload(name, **parameters)
+
+
+@pytest.mark.parametrize(("line", "problem"), [("arrival_s", "request 1 comes at -1"), ("after", "request 1 comes after 1")])
+def test_a_request_that_cannot_come_is_named(tmp_path, line, problem):
+    rows = [{"arrival_s": 0, "num_input": 4, "num_output": 2}, {"arrival_s": 1, "num_input": 4, "num_output": 2}]
+    rows[1] |= {"arrival_s": -1} if line == "arrival_s" else {"after": 1}
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError, match=problem):
+        make_workload("trace", path=str(tmp_path / "t.jsonl"))
 
 
 @pytest.mark.parametrize(

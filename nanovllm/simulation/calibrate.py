@@ -5,8 +5,9 @@
     offline records      host time of a step (their `steps`), by batch size
     front end costs      what keeps the event loops of server and client busy, by request and by event
 
-By hand, not here: `idle_s` from one first token offline, `frontend_latency_s` from TTFT p50 of one load, `burst_s`, and the
-keyframe and eager launches. All else of whole runs is a prediction. Read next: `validate.py`.
+By hand, not here: `idle_s` from one first token offline; of the GPU's machine `frontend_latency_s`, `frontend_request_s`,
+`frontend_event_s` and `client_request_s` from rows of one server; the clock of a moment; keyframe and eager launches.
+All else of whole runs is a prediction. Read next: `validate.py`.
 """
 
 from __future__ import annotations

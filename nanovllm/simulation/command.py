@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -35,6 +35,7 @@ class SimulateOptions:
     model: str = "qwen3-0.6b"  # a shape such as qwen3-8b or llama-3.1-8b, or a folder with config.json
     workload: str = "poisson:rate=10,num_requests=1000,num_input=512"  # NAME or NAME:PARAMETER=VALUE,...; see `bench workload`
     workload_seed: int = 0  # of arrivals and lengths
+    server: bool | None = None  # requests go through a server, or LLM.generate; None: a server, unless all come at once
     slo: str = ""  # objectives of a request, such as ttft=200ms,tpot=20ms,latency=5s
     share: float = 0.99  # of the requests that must meet them, for --search replicas
     replicas: int = 1  # engines, each on its own device; requests go to them in turn
@@ -69,7 +70,11 @@ class SimulateOptions:
         names += ("enable_prefix_caching", "enforce_eager", "gpu_memory_utilization", "num_kv_blocks")
         config = EngineConfig(**{name: getattr(self, name) for name in names})
         temperature = workload.temperature if self.temperature is None else self.temperature
-        return deploy(find_shape(self.model), find_hardware(self.gpu), config, is_greedy=temperature == 0)
+        has_server = not workload.is_all_at_once if self.server is None else self.server
+        if not has_server and not workload.is_all_at_once:
+            raise ConfigError(f"server=False: the requests of workload={self.workload!r} do not all come at once")
+        shape, hardware = find_shape(self.model), find_hardware(self.gpu)
+        return replace(deploy(shape, hardware, config, is_greedy=temperature == 0), has_server=has_server)
 
 
 def run_simulation(options: SimulateOptions) -> int:
@@ -87,6 +92,7 @@ def simulate_options(options: SimulateOptions) -> dict[str, Any]:
     deployment = options.deployment(workload)
     objectives = Objectives.parse(options.slo)
     report: dict[str, Any] = {
+        "through": "a server" if deployment.has_server else "LLM.generate",
         "gpu": options.gpu,
         "is_calibrated": deployment.hardware.is_calibrated,
         "model": options.model,
@@ -139,12 +145,17 @@ def _describe(report: dict[str, Any]) -> str:
     limits = report["limits"]
     lines = [
         f"{report['model']} on {report['replicas']} x {report['gpu']} ({kind}), {report['num_kv_blocks']:,} KV blocks, "
-        f"max_num_seqs={limits['max_num_seqs']}, max_num_batched_tokens={limits['max_num_batched_tokens']}",
+        f"max_num_seqs={limits['max_num_seqs']}, max_num_batched_tokens={limits['max_num_batched_tokens']}, "
+        f"through {report['through']}",
         describe(report["result"]),
     ]
     if "replicas_needed" in report:
         needed = report["replicas_needed"]
-        answer = f"{needed} replicas meet" if needed else f"no number of replicas (up to {report['replicas']}) meets"
+        answer = (
+            ("1 replica meets" if needed == 1 else f"{needed} replicas meet")
+            if needed
+            else f"no number of replicas (up to {report['replicas']}) meets"
+        )
         lines.append(f"answer    {answer} {report['slo']} for {report['share_wanted']:.1%} of the requests")
     elif "tried" in report:
         lines.append(f"answer    best of {len(report['tried'])} pairs of limits; they are in the first line")

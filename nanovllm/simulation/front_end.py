@@ -32,7 +32,7 @@ from nanovllm.simulation.hardware import Calibration
 MAX_MESSAGES_PER_TURN = 8  # `engine/connection.py`'s
 CLIENT_TURNS = 3  # connect; be connected; write
 TURNS_BEFORE_TOKENS = 3  # of the server: accept; receive; run the handler until it waits for the thread that tokenises
-TURNS_WITH_TOKENS = 2  # go on with the tokens; hand the request to the engine
+TURNS_WITH_TOKENS = 4  # hear of the tokens; go on; let others run; the task that streams hands the request to the engine
 
 
 class EventLoop:

@@ -1,9 +1,10 @@
 """Hardware profiles: what a card can do, and which share of it the engine reaches.
 
 A profile is two groups of numbers. The *data sheet* (memory, bandwidth, matrix rate) is what the vendor prints. The
-*calibration* is what this engine reached on one NVIDIA H200; `calibrate.py` computes it from the records in
-`benchmarks/records`, and a test holds the two together. Only "h200" was measured. The other cards borrow its shares and
-latencies, so their predictions are extrapolations, and every report says so. "cpu" is a rough guess for two cores.
+*calibration* is what this engine reached on one NVIDIA H200; `calibrate.py` computes most of it from the records in
+`benchmarks/records`, a test holds the two together, and docs/simulator.md says where the rest is from. Only "h200" was
+measured. The other cards borrow its shares and latencies, so their predictions are extrapolations, and every report says
+so. "cpu" is a rough guess for two cores.
 
 Data only. Read next: `cost.py`.
 """
@@ -71,16 +72,16 @@ class Hardware:
 H200_CALIBRATION = Calibration(
     memory=0.9154,
     product=0.6960,
-    burst_product=0.797,
+    burst_product=0.7988,
     burst_s=50e-3,
-    overlap=0.8013,
+    overlap=0.7981,
     attention=0.5425,
     elementwise=0.8003,
     product_s=4.324e-6,
     one_token_product_s=2.149e-6,
     attention_s=7.774e-6,
     elementwise_s=1.05e-6,
-    gap_s=0.5518e-6,
+    gap_s=0.5499e-6,
     tile_keys=447,
     prompt_key_s=26.83e-9,
     logit_s=3.120e-12,

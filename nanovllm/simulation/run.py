@@ -51,6 +51,7 @@ class Deployment:
     use_graphs: bool = True
     enable_prefix_caching: bool = True
     num_steps_ahead: int = 1
+    has_server: bool = True  # else `LLM.generate`, where all requests are there at the beginning
 
 
 class Finished(NamedTuple):
@@ -117,7 +118,6 @@ def simulate(
     deployment: Deployment,
     requests: Sequence[Request],
     *,
-    is_offline: bool = False,
     num_clients: int = 1,
     num_steps_before: int = 0,
     on_finish: Callable[[], object] = lambda: None,
@@ -129,7 +129,7 @@ def simulate(
     `on_step`, for tests, sees the engine after every step.
     """
     with _without_garbage_collection():
-        return _Simulation(deployment, requests, is_offline, num_clients, num_steps_before, on_finish).run(on_step)
+        return _Simulation(deployment, requests, num_clients, num_steps_before, on_finish).run(on_step)
 
 
 class _Simulation:
@@ -137,7 +137,6 @@ class _Simulation:
         self,
         deployment: Deployment,
         requests: Sequence[Request],
-        is_offline: bool,
         num_clients: int,
         num_steps_before: int,
         on_finish: Callable[[], object],
@@ -164,7 +163,7 @@ class _Simulation:
             clock=self.clock,
         )
         self.requests = requests
-        self.is_offline = is_offline
+        self.has_server = deployment.has_server
         self.calibration = deployment.hardware.calibration
         self.run_so_far = Run(work=self.executor.work)
         self._front_end = FrontEnd(self.calibration, self._see, num_clients)
@@ -174,7 +173,7 @@ class _Simulation:
         for index, one in enumerate(requests):
             if one.after is not None:
                 self._turns_after[one.after].append(index)
-            elif not is_offline:
+            elif self.has_server:
                 self._arrive(one.arrival_s, index)
         self._on_finish = on_finish
         self._params: dict[int, SamplingParams] = {}
@@ -183,7 +182,7 @@ class _Simulation:
 
     def run(self, on_step: Callable[[LLMEngine], None] | None) -> Run:
         engine, clock, front_end = self.engine, self.clock, self._front_end
-        if self.is_offline:
+        if not self.has_server:
             self._start_early()
         while True:
             if not engine.has_work:
@@ -227,7 +226,7 @@ class _Simulation:
             return
         now, told = self.clock.now, []
         self._num_collected += 1
-        if not self.is_offline and self._num_collected % KEYFRAME_STEPS == 0:
+        if self.has_server and self._num_collected % KEYFRAME_STEPS == 0:
             self.clock.now += self._keyframe_s
         for place, output in enumerate(outputs):
             is_first = output.metrics.first_token_time == now
@@ -236,7 +235,7 @@ class _Simulation:
                 told.append(Told(place, index, is_first, output.finished))
                 if output.finished:
                     self._ended[index] = output
-        if not self.is_offline:
+        if self.has_server:
             self._front_end.tell(self.clock.now, len(outputs), told)
         else:
             for one in told:

@@ -16,7 +16,7 @@ from nanovllm.simulation.report import Objectives, summarize
 from nanovllm.simulation.run import Deployment, Run, simulate
 from nanovllm.workloads import Workload, deal
 
-NUM_SEQUENCES = (32, 64, 128, 256)  # tried for max_num_seqs, up to what was asked for
+NUM_SEQUENCES = (32, 64, 128, 256, 512)  # tried for max_num_seqs, up to what was asked for
 BUDGETS = (512, 1024, 2048, 4096, 8192, 16_384)  # tried for max_num_batched_tokens
 MAX_REPLICAS = 1024
 
@@ -24,10 +24,9 @@ MAX_REPLICAS = 1024
 def run_replicas(
     deployment: Deployment, workload: Workload, num_replicas: int, on_finish: Callable[[], object] = lambda: None
 ) -> list[Run]:
-    """One run for each replica that got a request. Something that is all there at the beginning has no front end."""
-    is_offline = workload.is_all_at_once
+    """One run for each replica that got a request."""
     shares = [share for _, share in deal(workload.requests, num_replicas) if share]
-    return [simulate(deployment, share, is_offline=is_offline, on_finish=on_finish) for share in shares]
+    return [simulate(deployment, share, on_finish=on_finish) for share in shares]
 
 
 def find_replicas(
@@ -38,7 +37,7 @@ def find_replicas(
 
     def is_enough(number: int) -> bool:
         tried[number] = summarize(deployment, run_replicas(deployment, workload, number), objectives)
-        note(f"{number} replicas: {tried[number]['goodput_share']:.2%} within the objectives")
+        note(f"{number} replica{'s' * (number > 1)}: {tried[number]['goodput_share']:.2%} within the objectives")
         return tried[number]["goodput_share"] >= share
 
     limit = min(MAX_REPLICAS, len(workload.requests))

@@ -88,10 +88,10 @@ def _deployment(record: dict[str, Any], is_greedy: bool) -> Deployment:
 
 
 def _offline(record: dict[str, Any]) -> Iterator[Line]:
-    deployment, model = _deployment(record, is_greedy=False), record["model"]
+    deployment, model = replace(_deployment(record, is_greedy=False), has_server=False), record["model"]
 
     def seconds(requests: list[Request]) -> float:
-        return max(one.finish for one in simulate(deployment, requests, is_offline=True).finished)
+        return max(one.finish for one in simulate(deployment, requests).finished)
 
     def at_once(num_requests: int, num_input: int, num_output: int) -> float:
         return seconds(make_workload("fixed", num_requests=num_requests, num_input=num_input, num_output=num_output).requests)

@@ -101,6 +101,7 @@ def test_the_best_limits_are_not_worse_than_any_that_were_tried():
         ("workload", "poisson:rate", "'rate' is not of the form"),
         ("workload", "fixed:num_requests=0", "num_requests=0 must be a whole number"),
         ("workload", "trace:path=/nowhere", "path='/nowhere' cannot be read"),
+        ("server", False, "server=False.*do not all come at once"),
         ("slo", "ttft=200", "slo='ttft=200'.*unit"),
         ("slo", "ttf=2s", "slo='ttf=2s'.*ttft"),
         ("replicas", 0, "replicas=0"),
@@ -115,6 +116,13 @@ def test_the_best_limits_are_not_worse_than_any_that_were_tried():
 def test_errors_name_the_option(option, value, message):
     with pytest.raises(ConfigError, match=message):
         simulate_options(SimulateOptions(**{"workload": SMALL, option: value}))
+
+
+def test_a_burst_goes_through_generate_unless_a_server_is_asked_for():
+    load = {"workload": "fixed:num_requests=20,num_input=64,num_output=4"}
+    offline, online = (simulate_options(SimulateOptions(**load, server=server)) for server in (None, True))
+    assert (offline["through"], online["through"]) == ("LLM.generate", "a server")
+    assert online["result"]["ttft_ms"]["p50"] > offline["result"]["ttft_ms"]["p50"] + 1
 
 
 def test_a_model_that_does_not_fit_is_refused():

@@ -72,18 +72,18 @@ def test_what_becomes_ready_during_a_turn_waits_for_the_next():
 
 
 def test_two_requests_at_once_pass_the_front_end_turn_by_turn():
-    # Three turns of the client's loop and five of the server's, a second each; between the third and the fourth of these
-    # a second of tokenising. Both are through three turns of the server at 20 and 21, tokenised at 21 and 22, and end at 24, 25.
-    costs = replace(ZERO, client_request_s=3.0, frontend_request_s=5.0, tokenize_token_s=0.5, frontend_latency_s=10.0)
+    # Three turns of the client's loop and seven of the server's, a second each; between the third and the fourth of these
+    # a second of tokenising. Both are through three turns of the server at 20 and 21, tokenised at 21 and 22, and end at 28, 29.
+    costs = replace(ZERO, client_request_s=3.0, frontend_request_s=7.0, tokenize_token_s=0.5, frontend_latency_s=10.0)
     front_end = FrontEnd(costs, lambda told, time: None)
     for index in (0, 1):
         front_end.arrive(0.0, index, num_tokens=2)
-    front_end.advance(23.9)
+    front_end.advance(27.9)
     assert front_end.sent == {0: 0.0, 1: 1.0}
-    assert front_end.wait() == 24.0
-    assert front_end.take(24.0) == [0]
+    assert front_end.wait() == 28.0
+    assert front_end.take(28.0) == [0]
     front_end.advance(inf)
-    assert front_end.take(24.9) == [] and front_end.take(25.0) == [1]
+    assert front_end.take(28.9) == [] and front_end.take(29.0) == [1]
     assert front_end.wait() == inf
 
 
@@ -103,7 +103,8 @@ def test_tokens_are_written_one_after_the_other_and_share_events_when_the_front_
 def test_without_a_step_ahead_the_host_is_on_the_path():
     arrivals = [request(0.0, 4, 5)]
     ahead, not_ahead = (
-        simulate(deployment(CLOCKWORK, num_steps_ahead=number), arrivals, is_offline=True).finished[0].finish for number in (1, 0)
+        simulate(deployment(CLOCKWORK, num_steps_ahead=number, has_server=False), arrivals).finished[0].finish
+        for number in (1, 0)
     )
     assert ahead == pytest.approx(0.25 + 5 * 1.0)
     assert not_ahead == pytest.approx(5 * 1.25)
