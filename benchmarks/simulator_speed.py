@@ -42,7 +42,7 @@ def main() -> int:
     report = json.loads(answers[0])
     results = {"seconds": summary(seconds), "processor_seconds": summary(cpu_seconds), "answers": digests, "report": report}
     result = report["result"]
-    print(f"{result['requests']:,} requests, {result['device']['steps']:,} steps, {len(digests)} different answers")
+    print(f"{result['requests']:,} requests, {result['device']['steps']:,} steps, {len(digests)} distinct answer(s)")
     if arguments.record:
         print(write_record(arguments.record, command_simulated=["nanovllm", "simulate", *options], results=results))
     return 0 if len(digests) == 1 and results["seconds"]["median"] < BAR_S else 1

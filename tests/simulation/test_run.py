@@ -100,6 +100,19 @@ def test_tokens_are_written_one_after_the_other_and_share_events_when_the_front_
     assert seen == [(7, 11.0), (8, 13.0), (7, 14.0), (8, 15.0)]
 
 
+def test_client_programs_share_the_events():
+    costs = replace(ZERO, client_event_s=1.0)
+    ends = []
+    for num_clients in (1, 2):
+        seen = []
+        front_end = FrontEnd(costs, lambda told, time: seen.append(time), num_clients)  # noqa: B023  used at once
+        front_end.tell(0.0, 4, [Told(3, 1, True, False)])
+        front_end.tell(1.0, 4, [Told(3, 1, False, True)])
+        front_end.advance(inf)
+        ends.append(seen)
+    assert ends == [[3.0, 7.0], [1.5, 3.5]]
+
+
 def test_without_a_step_ahead_the_host_is_on_the_path():
     arrivals = [request(0.0, 4, 5)]
     ahead, not_ahead = (
@@ -159,6 +172,17 @@ def test_more_of_the_hardware_is_never_slower(name):
         ends.append(max(one.finish for one in simulate(deployment(hardware), requests).finished))
     assert ends == sorted(ends, reverse=True)
     assert ends[0] > ends[-1]
+
+
+def test_cards_are_ordered_by_their_bandwidth_and_every_profile_runs():
+    speeds = {}
+    for name, hardware in PROFILES.items():
+        (one,) = simulate(replace(deployment(hardware), spec=SHAPES["qwen3-8b"]), [request(0.0, 100, 50)]).finished
+        speeds[name] = one.tpot
+    cards = sorted((name for name in PROFILES if name != "cpu"), key=lambda name: -PROFILES[name].bandwidth)
+    assert sorted(cards, key=speeds.__getitem__) == cards
+    for name in cards:  # one stream reads all weights for each token
+        assert 1 < speeds[name] * PROFILES[name].bandwidth / (2 * SHAPES["qwen3-8b"].num_parameters) < 1.5
 
 
 def test_shared_prefixes_are_found_in_the_cache_and_different_prompts_are_not():
