@@ -15,7 +15,7 @@ import time
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.bench.record import write_record
-from nanovllm.bench.workloads import make_workload
+from nanovllm.workloads import make_workload
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ def measure() -> dict[str, list[float]]:
     """Milliseconds of each curve, by rate."""
     points: dict[str, list[float]] = {name: [] for name, *_ in CURVES}
     for rate in RATES:
-        workload = f"poisson:rate={rate},requests={20 * rate},input=1024,output=128"
+        workload = f"poisson:rate={rate},num_requests={20 * rate},num_input=1024,num_output=128"
         result = simulate_options(SimulateOptions(model="qwen3-8b", workload=workload))["result"]
         for name in points:
             metric, q = name.lower().split()
@@ -35,7 +35,6 @@ def x_of(rate: float) -> float:
 
 
 def y_of(milliseconds: float) -> float:
-
     share = (log10(milliseconds) - LOW) / (HIGH - LOW)
     return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(1.0, max(0.0, share))
 

@@ -17,11 +17,11 @@ import pytest
 from nanovllm.bench.check import check_record
 from nanovllm.bench.load import Target, send_workload
 from nanovllm.bench.record import read_record
-from nanovllm.bench.workloads import make_workload
 from nanovllm.cli import main
 from nanovllm.errors import ConfigError
 from nanovllm.remote_chat import RemoteChat, RemoteError
 from nanovllm.retry import RESERVE, Retrier, RetryPolicy, retry_after_s
+from nanovllm.workloads import make_workload
 
 QUICK = RetryPolicy(max_retries=4, base_s=0.01, budget=1.0)
 

@@ -8,7 +8,6 @@ of a machine. Messages are JSON. What a process does with its requests is `load.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import signal
 import sys
 import time
@@ -17,9 +16,9 @@ from dataclasses import replace
 import msgspec
 
 from nanovllm.bench.load import Part, Row, Target, send_part, send_workload
-from nanovllm.bench.workloads import Workload
 from nanovllm.child_process import child_command
 from nanovllm.errors import NanoVllmError
+from nanovllm.workloads import Workload, deal as deal_out
 
 LEAD_S = 0.2  # from when all are ready to the start
 READY = b"ready\n"
@@ -49,15 +48,10 @@ async def send(target: Target, workload: Workload, repeat: int = 0) -> tuple[lis
 def deal(target: Target, workload: Workload, repeat: int = 0) -> list[Part]:
     """Round-robin; a request that waits for another goes where that one went. `max_concurrency` is dealt out too."""
     count = min(target.client_processes, sum(request.after is None for request in workload.requests))
-    parts = [Part(_share(target, number, count), repeat, workload.temperature, [], []) for number in range(count)]
-    turns = itertools.cycle(parts)
-    seats: list[tuple[Part, int]] = []  # of each request: its part, and its place there
-    for index, request in enumerate(workload.requests):
-        part, before = (next(turns), None) if request.after is None else seats[request.after]
-        seats.append((part, len(part.requests)))
-        part.requests.append(replace(request, after=before))
-        part.indices.append(index)
-    return parts
+    return [
+        Part(_share(target, number, count), repeat, workload.temperature, requests, indices)
+        for number, (indices, requests) in enumerate(deal_out(workload.requests, count))
+    ]
 
 
 def _share(target: Target, number: int, count: int) -> Target:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.bench import workloads
+from nanovllm import workloads
 from nanovllm.bench.record import RECORDS, read_record
 from nanovllm.config import EngineConfig
 from nanovllm.errors import ConfigError
@@ -63,8 +63,11 @@ def _add(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], help_t
 
 
 def _add_workload_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--workload", default="poisson", help=f"one of {', '.join(workloads.NAMES)} (default: poisson)")
-    verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the workload; repeatable")
+    names = f"one of {', '.join(workloads.NAMES)}; or NAME:PARAMETER=VALUE,... (default: poisson)"
+    verb.add_argument("--workload", default="poisson", help=names)
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="PARAMETER=VALUE", help="a parameter of the workload; repeatable"
+    )
     verb.add_argument("--seed-of-workload", type=int, default=0, metavar="SEED", help="(default: 0)")
 
 
@@ -143,7 +146,7 @@ def _print_config(arguments: argparse.Namespace, plan: Plan, **more: Any) -> Non
 
 
 def _workload(arguments: argparse.Namespace) -> workloads.Workload:
-    return workloads.make_workload(arguments.workload, arguments.seed_of_workload, **workloads.parse_parameters(arguments.set))
+    return workloads.parse_workload(arguments.workload, arguments.seed_of_workload, arguments.set)
 
 
 def run_serve(arguments: argparse.Namespace) -> int:

@@ -15,9 +15,9 @@ from itertools import pairwise
 from typing import Any
 
 from nanovllm.bench.http_client import Endpoint, Exchange, get_json, stream
-from nanovllm.bench.workloads import Request, Workload
 from nanovllm.errors import ConfigError
 from nanovllm.retry import Retrier, RetryPolicy
+from nanovllm.workloads import Request, Workload
 
 FORMS = ("ids", "words", "chat")
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from nanovllm.bench.load import Row
 from nanovllm.bench.record import command_line, write_record
 from nanovllm.bench.serve import Plan, Run, describe_repeat
-from nanovllm.bench.workloads import Request, Workload
 from nanovllm.energy import EnergyMeter
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.workloads import Request, Workload
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM

@@ -19,9 +19,9 @@ from nanovllm.bench.load import Row, Target, find_model
 from nanovllm.bench.record import command_line, write_record
 from nanovllm.bench.results import Slo, by_tenant, joules_of, result_table, summarize_repeat
 from nanovllm.bench.server_metrics import scrape, told
-from nanovllm.bench.workloads import Workload, shifted
 from nanovllm.energy import EnergyMeter
 from nanovllm.errors import ConfigError
+from nanovllm.workloads import Workload, shifted
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

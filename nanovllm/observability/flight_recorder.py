@@ -2,7 +2,8 @@
 
 Kept in two segments, the older of which is dropped when the newer is full: so a record holds between N and 2N steps. A
 segment begins with a *keyframe*, the whole state of scheduler and block manager, from which `replay.py` goes on. Recording a
-step is one append; a keyframe costs a walk over the blocks, once in N steps.
+step is one append; a keyframe costs a walk over the blocks, once in N steps. It keeps columns of numbers and no object for
+a block: thousands of new objects at one moment would call the garbage collector, for longer than ten steps.
 
 No prompt is in the file: blocks of tokens are told apart by numbers that mean nothing elsewhere. Reads the scheduler's
 private state, as its tests do; writes nothing of it.
@@ -151,7 +152,8 @@ class Numbering:
         return (*entry[:5], self.of(entry[5])) if entry[0] == "finish" else entry
 
     def hide(self, keyframe: dict[str, Any]) -> dict[str, Any]:
-        cached = [(block_id, self.of([block_hash])[0], *more) for block_id, block_hash, *more in keyframe["cached"]]
+        block_ids, hashes, *more = keyframe["cached"]
+        cached = list(zip(block_ids, self.of(hashes), *more))
         sequences = [{**state, "hashes": self.of(state["hashes"])} for state in keyframe["sequences"]]
         return {**keyframe, "cached": cached, "sequences": sequences}
 
@@ -163,6 +165,7 @@ def keyframe_of(scheduler: Scheduler) -> dict[str, Any]:
     """All that the scheduler's next decisions depend on. Between two steps."""
     blocks = scheduler.block_manager
     behind = _siblings(scheduler)
+    cached = [block for block in blocks._blocks if block.block_hash is not None]
     return {
         "limits": dataclasses.asdict(scheduler.limits),
         "num_steps": scheduler._num_steps,
@@ -171,11 +174,12 @@ def keyframe_of(scheduler: Scheduler) -> dict[str, Any]:
         "free_rows": list(scheduler._free_rows),
         "free_blocks": list(blocks._free),
         "num_contents": blocks._num_contents,
-        "cached": [
-            (block.block_id, block.block_hash, block.content_id, block.parent_id)
-            for block in blocks._blocks
-            if block.block_hash is not None
-        ],
+        "cached": (
+            [block.block_id for block in cached],
+            [block.block_hash for block in cached],
+            [block.content_id for block in cached],
+            [block.parent_id for block in cached],
+        ),
         "sequences": [state_of(sequence) for sequence in _with_ended_siblings(scheduler, behind)],
         "siblings": {str(first): [one.seq_id for one in others] for first, others in scheduler._siblings.items()},
         "in_flight": [

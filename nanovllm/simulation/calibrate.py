@@ -3,10 +3,11 @@
     records of kernels   bandwidth, matrix rates, latency of each kind of kernel, sampler
     record of steps      the gap between two kernels of a graph
     offline records      host time of a step (their `steps`), by batch size
-    serving records      the three costs of the front end, from TTFT p50 of three loads (by hand, not here)
+    front end costs      what keeps the event loops of server and client busy, by request and by event
 
-Every kernel number comes from kernels alone: throughputs and latencies of whole runs are predictions, and are not
-fitted. Read next: `validate.py`.
+By hand, not here: `idle_s` from one first token offline; of the GPU's machine `frontend_latency_s`, `frontend_request_s`,
+`frontend_event_s` and `client_request_s` from rows of one server; the clock of a moment; keyframe and eager launches.
+All else of whole runs is a prediction. Read next: `validate.py`.
 """
 
 from __future__ import annotations
@@ -27,22 +28,26 @@ HOST_TOKEN_S = 0.012 / 131_072  # benchmarks/LOG.md, 2026-11-25: checking 131,07
 def calibrate(
     hardware: Hardware, kernels: dict[str, Any], steps: dict[str, Any], offline: Iterable[dict[str, Any]]
 ) -> Calibration:
-    """The calibration of `hardware` without its front end, which is kept."""
+    """The calibration of `hardware`; its front end is kept, and so is what was set by hand."""
     memory = kernels["ceilings"]["read_bytes_per_s"]
-    matrix_rate = kernels["ceilings"]["bf16_flop_per_s"]
+    burst = kernels["ceilings"].get("bf16_burst_flop_per_s", hardware.calibration.burst_product * hardware.flops)
     attention_rate, tile_keys = _prompt_attention(kernels)
+    product_s, attention_s = (_latency(kernels, one, memory, burst) for one in (_is_library_product, _is_decode_attention))
     host_step_s, host_sequence_s = _host(offline)
     calibration = replace(
         hardware.calibration,
         memory=memory / hardware.bandwidth,
-        product=matrix_rate / hardware.flops,
+        product=kernels["ceilings"]["bf16_flop_per_s"] / hardware.flops,
+        burst_product=burst / hardware.flops,
+        overlap=_overlap(kernels, memory, burst, product_s),
         attention=attention_rate / hardware.flops,
         tile_keys=tile_keys,
         elementwise=_elementwise_share(kernels, memory),
         elementwise_s=1e-6 * median(_times(kernels, _is_elementwise, "1 tokens")),
-        product_s=_latency(kernels, _is_library_product, memory, matrix_rate),
-        one_token_product_s=_latency(kernels, lambda name: name.startswith("one token"), memory, matrix_rate),
-        attention_s=_latency(kernels, lambda name: name == "decode attention", memory, matrix_rate),
+        product_s=product_s,
+        one_token_product_s=_latency(kernels, lambda name: name.startswith("one token"), memory, burst),
+        attention_s=attention_s,
+        prompt_key_s=(1e-6 * _times(kernels, _is_prompt_attention, "1 x 512")[0] - attention_s) / 512,
         logit_s=_sampler(kernels, "sample, temperature"),
         greedy_logit_s=_sampler(kernels, "sample, greedy"),
         host_step_s=host_step_s,
@@ -50,6 +55,26 @@ def calibrate(
         host_token_s=HOST_TOKEN_S,
     )
     return replace(calibration, gap_s=_gap(replace(hardware, calibration=calibration), steps))
+
+
+def calibrate_front_end(calibration: Calibration, costs: dict[str, Any]) -> Calibration:
+    """With the processor times of the record `front-end-costs`; the latency, which is none, is kept."""
+    loads = costs["loads"]
+
+    def us(load: str, key: str) -> float:
+        return loads[load][key]["median"]
+
+    num_events = sum(sign * loads[one]["tokens"] * us(one, "events_per_token") for one, sign in (("paced", 1), ("saturated", -1)))
+    event_us, client_event_us = ((us("paced", key) - us("saturated", key)) / num_events for key in ("loop_us", "client_us"))
+    num_words = loads["words 1024"]["words"] - loads["words 512"]["words"]
+    return replace(
+        calibration,
+        frontend_request_s=1e-6 * (us("words 512", "loop_us") - event_us),
+        frontend_event_s=1e-6 * event_us,
+        tokenize_token_s=1e-6 * (us("words 1024", "threads_us") - us("words 512", "threads_us")) / num_words,
+        client_request_s=1e-6 * (us("words 512", "client_us") - client_event_us),
+        client_event_s=1e-6 * client_event_us,
+    )
 
 
 def _times(kernels: dict[str, Any], is_wanted: Callable[[str], bool], shape: str) -> list[float]:
@@ -62,6 +87,21 @@ def _is_elementwise(name: str) -> bool:
 
 def _is_library_product(name: str) -> bool:
     return name.startswith("library") and name != "library: head"
+
+
+def _is_decode_attention(name: str) -> bool:
+    return name == "decode attention"
+
+
+def _is_prompt_attention(name: str) -> bool:
+    return name == "prompt attention"
+
+
+def _overlap(kernels: dict[str, Any], bandwidth: float, matrix_rate: float, latency_s: float) -> float:
+    """From the one product of the record whose two times are alike: the output head for 256 tokens."""
+    (row,) = (row for row in kernels["kernels"] if row["kernel"] == "library: head" and row["shape"].startswith("256 x"))
+    shorter, longer = sorted((row["megabytes"] * 1e6 / bandwidth, row["gigaflops"] * 1e9 / matrix_rate))
+    return 1 - (row["us"] * 1e-6 - latency_s - longer) / shorter
 
 
 def _elementwise_share(kernels: dict[str, Any], bandwidth: float) -> float:
@@ -78,8 +118,8 @@ def _latency(kernels: dict[str, Any], is_wanted: Callable[[str], bool], bandwidt
 
 def _prompt_attention(kernels: dict[str, Any]) -> tuple[float, int]:
     """Rate, and keys computed in vain per query: two unknowns, two shapes with equally many queries."""
-    (short,) = _times(kernels, lambda name: name == "prompt attention", "4 x 2,048")
-    (long,) = _times(kernels, lambda name: name == "prompt attention", "1 x 8,192")
+    (short,) = _times(kernels, _is_prompt_attention, "4 x 2,048")
+    (long,) = _times(kernels, _is_prompt_attention, "1 x 8,192")
     num_queries = 8192
     per_pair = 4.0 * NUM_HEADS * HEAD_DIM
     short_pairs, long_pairs = num_queries * 2048 / 2, num_queries * 8192 / 2

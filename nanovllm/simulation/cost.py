@@ -3,16 +3,19 @@
 A step is its kernels, one after another. A kernel takes a latency of its kind, plus the longer of two times: its bytes
 at the bandwidth that streams reach, or its operations at the matrix rate:
 
-    product        latency + max(weights / bandwidth, 2 * tokens * weights_count / matrix rate)
+    product        latency + the longer of weights / bandwidth and 2 * tokens * weights_count / matrix rate,
+                   and a share of the shorter, which does not hide wholly behind it
     attention      latency + bytes of keys and values / bandwidth          each sequence that computes one token
-                   latency + 4 * heads * head_dim * pairs / matrix rate    prompt chunks; pairs of queries and keys
+                   latency + 4 * heads * head_dim * pairs / matrix rate    prompt chunks; pairs of queries and keys,
+                   or the keys of the longest chunk, one after another, where that takes longer
     elementwise    latency + bytes of activations / bandwidth              two norms, rotary with KV write, SiLU
     sampler        logits * time per logit
 
 A graph replay has the fixed shapes of its bucket, and padding costs as much as tokens do; `decode_sizes` and
 `mixed_sizes` are those of `runner/cuda_graphs.py` (which imports torch; a test compares them). The last layer of a step
-with prompts computes keys and values for all tokens and the rest for those that draw. What does not depend on contexts
-is computed once per bucket. What is counted is in `engine/roofline.py`. Knows no clock. Read next: `executor.py`.
+with prompts computes keys and values for all tokens and the rest for those that draw. Products begin at the card's
+highest clock; what a step has of them beyond `burst_s` runs at the one that power allows. What does not depend on
+contexts is computed once per bucket. What is counted is in `engine/roofline.py`. Knows no clock. Read next: `executor.py`.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ class CostModel:
     is_greedy: bool = True
     use_graphs: bool = True
     bandwidth: float = field(init=False)  # bytes per second that streams reach
-    matrix_rate: float = field(init=False)  # operations per second that products reach
+    matrix_rate: float = field(init=False)  # operations per second that products reach, for a short while
     attention_rate: float = field(init=False)
     _decode_sizes: list[int] = field(init=False)
     _mixed_sizes: list[int] = field(init=False)
@@ -86,7 +89,7 @@ class CostModel:
     def __post_init__(self) -> None:
         shares = self.hardware.calibration
         self.bandwidth = shares.memory * self.hardware.bandwidth
-        self.matrix_rate = shares.product * self.hardware.flops
+        self.matrix_rate = shares.burst_product * self.hardware.flops
         self.attention_rate = shares.attention * self.hardware.flops
         self.use_graphs = self.use_graphs and self.hardware.has_graphs
         self._decode_sizes = decode_sizes(self.max_num_seqs)
@@ -120,16 +123,18 @@ class CostModel:
             samples = max(num_samples, min(padded, self.max_num_seqs))
         known = self._common(padded, samples, False)
         spec, tile_keys = self.spec, self.hardware.calibration.tile_keys
-        num_keys, pairs, num_prompt_keys = 0, 0.0, 0
+        num_keys, pairs, num_prompt_keys, longest = 0, 0.0, 0, 0
         for start, length in zip(batch.starts, batch.lengths):
             if length == 1:
                 num_keys += start + 1
             else:
                 num_prompt_keys += start + length
+                longest = max(longest, start + length)
                 pairs += length * (start + 0.5 * length + tile_keys)
         operations = attention_operations(spec, pairs, spec.num_layers - 1)
         prompt_bytes = num_prompt_keys * self._kv_bytes
-        seconds = known.seconds + max(operations / self.attention_rate, prompt_bytes / self.bandwidth)
+        one_by_one_s = longest * self.hardware.calibration.prompt_key_s * (spec.num_layers - 1)
+        seconds = known.seconds + max(operations / self.attention_rate, prompt_bytes / self.bandwidth, one_by_one_s)
         seconds += num_keys * self._kv_bytes / self.bandwidth
         return self._cost(known, seconds, prompt_bytes + num_keys * self._kv_bytes, operations)
 
@@ -158,6 +163,8 @@ class CostModel:
             self._add_layers(total, spec.num_layers - 1, num_tokens, num_tokens)
             self._add_layers(total, 1, num_tokens, num_samples)
         self._add_product(total, 1, *output_product(spec, num_samples))
+        rest = max(0.0, total.num_operations - shares.burst_s * self.matrix_rate)
+        total.seconds += rest * (1 / (shares.product * self.hardware.flops) - 1 / self.matrix_rate)
         logit_s = shares.greedy_logit_s if self.is_greedy else shares.logit_s
         total.add(1, shares.elementwise_s + num_samples * spec.vocab_size * logit_s)
         # The kernels for one token are launched before the one ahead of them has ended: no gaps.
@@ -186,7 +193,8 @@ class CostModel:
         num_bytes = num_in * num_out * BYTES_PER_VALUE
         operations = 2.0 * num_rows * num_in * num_out
         latency = shares.one_token_product_s if num_rows == 1 and self.use_graphs else shares.product_s
-        seconds = latency + max(num_bytes / self.bandwidth, operations / self.matrix_rate)
+        shorter, longer = sorted((num_bytes / self.bandwidth, operations / self.matrix_rate))
+        seconds = latency + longer + (1 - shares.overlap) * shorter
         total.add(count, seconds, num_bytes, operations)
 
     def _add_elementwise(self, total: _Sum, count: int, num_tokens: int, values_per_token: int) -> None:

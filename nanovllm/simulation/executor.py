@@ -58,7 +58,8 @@ class SimulatedExecutor:
         calibration = self.cost.hardware.calibration
         host_s = calibration.host_step_s + num_chunks * calibration.host_sequence_s + cost.launch_s
         self.clock.now += host_s
-        self._device_free_at = max(self._device_free_at, self.clock.now) + cost.device_s
+        idle_s = 0.0 if self._in_flight else calibration.idle_s
+        self._device_free_at = max(self._device_free_at, self.clock.now + idle_s) + cost.device_s
         self._in_flight.append((self._device_free_at, StepResult(batch.step, [TOKEN] * len(batch.sampled_chunks))))
         work.num_steps += 1
         work.busy_s += cost.device_s

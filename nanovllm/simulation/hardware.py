@@ -1,9 +1,10 @@
 """Hardware profiles: what a card can do, and which share of it the engine reaches.
 
 A profile is two groups of numbers. The *data sheet* (memory, bandwidth, matrix rate) is what the vendor prints. The
-*calibration* is what this engine reached on one NVIDIA H200; `calibrate.py` computes it from the records in
-`benchmarks/records`, and a test holds the two together. Only "h200" was measured. The other cards borrow its shares and
-latencies, so their predictions are extrapolations, and every report says so. "cpu" is a rough guess for two cores.
+*calibration* is what this engine reached on one NVIDIA H200; `calibrate.py` computes most of it from the records in
+`benchmarks/records`, a test holds the two together, and docs/simulator.md says where the rest is from. Only "h200" was
+measured. The other cards borrow its shares and latencies, so their predictions are extrapolations, and every report says
+so. "cpu" is a rough guess for two cores.
 
 Data only. Read next: `cost.py`.
 """
@@ -23,7 +24,10 @@ class Calibration:
     """What one engine reaches of a data sheet. Shares are of the data sheet; times are seconds."""
 
     memory: float  # share of the bandwidth that a kernel which streams reaches
-    product: float  # share of the matrix rate in large products
+    product: float  # share of the matrix rate in large products, one after another: then power limits the clock
+    burst_product: float  # the same while the clock is not limited
+    burst_s: float  # matrix work of so long a step is over before it is
+    overlap: float  # share of the shorter of a product's two times, memory's and the matrix units', that hides behind the longer
     attention: float  # share of the matrix rate in attention of prompts
     elementwise: float  # share of the *reached* bandwidth in norms, rotary and SiLU
     product_s: float  # what a product takes beyond its bytes or operations
@@ -32,15 +36,21 @@ class Calibration:
     elementwise_s: float  # what a norm, rotary or SiLU takes beyond its bytes
     gap_s: float  # between two kernels of a graph
     tile_keys: int  # keys that attention of prompts computes in vain for each query, because it works on tiles
+    prompt_key_s: float  # attention of prompts: a program goes through its keys one after another, each takes so long
     logit_s: float  # sampler, temperature: per logit
     greedy_logit_s: float  # sampler, argmax: per logit
+    idle_s: float  # what a step takes more when it finds the device idle: launch, copies and the way back, otherwise hidden
     host_step_s: float  # host: schedule, prepare, launch and apply, of any step
     host_sequence_s: float  # host: the same, for each sequence of the step
     host_token_s: float  # host: door and seat, for each token of a new prompt
+    keyframe_block_s: float  # host of a server: for each block of the cache, once in so many steps (the flight recorder)
     eager_launch_s: float  # host: one kernel without a graph; an assumption, not measured
-    frontend_s: float  # HTTP, tokenizer, sockets, client: a request's way in, and again a token's way out
-    frontend_request_s: float  # of its only thread: reading a request
-    frontend_token_s: float  # and writing one token to its client
+    frontend_latency_s: float  # of a request's way in, and again of a token's way out, that keeps no event loop busy
+    frontend_request_s: float  # of the server's event loop, for a request
+    frontend_event_s: float  # and for an event: the tokens of one stream that are written together
+    tokenize_token_s: float  # in a thread of the server, for each token of a prompt
+    client_request_s: float  # of the client's event loop: connect and send
+    client_event_s: float  # and read an event
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +72,32 @@ class Hardware:
 H200_CALIBRATION = Calibration(
     memory=0.9154,
     product=0.6960,
+    burst_product=0.7988,
+    burst_s=50e-3,
+    overlap=0.7981,
     attention=0.5425,
     elementwise=0.8003,
-    product_s=4.126e-6,
+    product_s=4.324e-6,
     one_token_product_s=2.149e-6,
     attention_s=7.774e-6,
     elementwise_s=1.05e-6,
-    gap_s=0.679e-6,
+    gap_s=0.5499e-6,
     tile_keys=447,
+    prompt_key_s=26.83e-9,
     logit_s=3.120e-12,
     greedy_logit_s=7.134e-13,
+    idle_s=0.9e-3,
     host_step_s=222.4e-6,
     host_sequence_s=5.888e-6,
     host_token_s=91.55e-9,
+    keyframe_block_s=65e-9,
     eager_launch_s=6e-6,
-    frontend_s=1.6e-3,
-    frontend_request_s=0.8e-3,
-    frontend_token_s=40e-6,
+    frontend_latency_s=1.5e-3,
+    frontend_request_s=570e-6,
+    frontend_event_s=20e-6,
+    tokenize_token_s=242.5e-9,
+    client_request_s=190e-6,
+    client_event_s=14.94e-6,
 )
 
 # A rough guess beside 2026-11-20-cpu-torch.json (SmolLM2-135M, two cores): one stream is right, batches come out 20 to 40 %
@@ -86,6 +105,9 @@ H200_CALIBRATION = Calibration(
 CPU_CALIBRATION = Calibration(
     memory=1.0,
     product=1.0,
+    burst_product=1.0,
+    burst_s=0.0,
+    overlap=1.0,
     attention=0.5,
     elementwise=0.5,
     product_s=40e-6,
@@ -94,15 +116,21 @@ CPU_CALIBRATION = Calibration(
     elementwise_s=12e-6,
     gap_s=0.0,
     tile_keys=64,
+    prompt_key_s=0.0,
     logit_s=4e-9,
     greedy_logit_s=5e-10,
+    idle_s=0.0,
     host_step_s=60e-6,
     host_sequence_s=2e-6,
     host_token_s=92e-9,
+    keyframe_block_s=65e-9,
     eager_launch_s=0.0,
-    frontend_s=1.2e-3,
-    frontend_request_s=0.6e-3,
-    frontend_token_s=30e-6,
+    frontend_latency_s=0.6e-3,
+    frontend_request_s=439.8e-6,
+    frontend_event_s=25.14e-6,
+    tokenize_token_s=242.5e-9,
+    client_request_s=162.1e-6,
+    client_event_s=14.94e-6,
 )
 
 

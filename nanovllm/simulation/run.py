@@ -1,20 +1,20 @@
 """One simulated run: the real engine, scheduler and block manager, driven by arrivals on a virtual clock.
 
-The front end is one process that does one thing at a time (`FrontEnd`): it reads requests and writes tokens. A request
-that has come through is taken in between two steps, as `engine_process.py` does. An offline run has no front end, and
-starts the device while requests are still added, as `LLMEngine.generate` does. Only the executor is not real.
+Requests come through a front end (`front_end.py`), and are taken in between two steps, as `engine_process.py` does. An
+offline run has no front end, and starts the device while requests are still added, as `LLMEngine.generate` does. Only
+the executor is not real.
 
-Prompts are token ids that differ in their first two tokens: different prompts share no block, and equal prefixes do.
 Read next: `report.py`.
 """
 
 from __future__ import annotations
 
 import gc
-from collections import deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from typing import NamedTuple
 
 from nanovllm.config import EngineConfig, SchedulerLimits, gpu_max_num_seqs
@@ -28,10 +28,12 @@ from nanovllm.runner.memory_plan import plan_memory
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.simulation.cost import BYTES_PER_VALUE, CostModel
 from nanovllm.simulation.executor import SimulatedExecutor, VirtualClock, Work
+from nanovllm.simulation.front_end import FrontEnd, Told
 from nanovllm.simulation.hardware import Hardware
-from nanovllm.simulation.workload import Arrival
+from nanovllm.workloads import Request
 
-BASE = 40_000  # prompts count in this base; below every vocabulary of shapes.py
+KEYFRAME_STEPS = 1024  # of `nanovllm serve`: steps between two keyframes of its flight recorder
+ANY_TOKEN = 1 << 31  # the engine's vocabulary: a workload need not know the model's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +51,13 @@ class Deployment:
     use_graphs: bool = True
     enable_prefix_caching: bool = True
     num_steps_ahead: int = 1
+    has_server: bool = True  # else `LLM.generate`, where all requests are there at the beginning
 
 
 class Finished(NamedTuple):
     """One request's times, seconds since the beginning, as its client sees them."""
 
-    arrival: float
+    sent: float
     first_token: float
     finish: float
     num_input: int
@@ -64,7 +67,7 @@ class Finished(NamedTuple):
 
     @property
     def ttft(self) -> float:
-        return self.first_token - self.arrival
+        return self.first_token - self.sent
 
     @property
     def tpot(self) -> float:
@@ -72,7 +75,7 @@ class Finished(NamedTuple):
 
     @property
     def latency(self) -> float:
-        return self.finish - self.arrival
+        return self.finish - self.sent
 
 
 @dataclass(slots=True)
@@ -113,48 +116,30 @@ def deploy(
 
 def simulate(
     deployment: Deployment,
-    arrivals: Sequence[Arrival],
+    requests: Sequence[Request],
     *,
-    is_offline: bool = False,
+    num_clients: int = 1,
+    num_steps_before: int = 0,
     on_finish: Callable[[], object] = lambda: None,
     on_step: Callable[[LLMEngine], None] | None = None,
 ) -> Run:
-    """Run `arrivals` (in order of time) to their end. `on_step` sees the engine after every step: for tests."""
-    with _without_garbage_collection():
-        return _Simulation(deployment, arrivals, is_offline, on_finish).run(on_step)
+    """Run `requests` to their end.
 
-
-class FrontEnd:
-    """A queue with one server. All times in seconds since the beginning.
-
-    Reading a request costs a time, and writing a token to its client another; beside that everything takes `latency_s`
-    each way. Tokens that wait while it is busy are written together: a step that ends meanwhile adds nothing but them.
+    `num_clients`: programs that send them. `num_steps_before`: made by the server, whose flight recorder counts them.
+    `on_step`, for tests, sees the engine after every step.
     """
-
-    def __init__(self, latency_s: float, request_s: float, token_s: float) -> None:
-        self.latency_s, self.request_s, self.token_s = latency_s, request_s, token_s
-        self._free_at = 0.0
-        self._batch_begin, self._batch_size = -1.0, 0  # of the last tokens that were written, or will be
-
-    def read(self, arrival: float) -> float:
-        """When a request that arrives then is at the engine."""
-        self._free_at = max(self._free_at, arrival) + self.request_s
-        return self._free_at + self.latency_s
-
-    def write(self, now: float, num_tokens: int) -> float:
-        """When clients have the tokens of a step that ended now."""
-        if now < self._batch_begin:  # the batch before has not begun: they join it
-            self._free_at += max(0, num_tokens - self._batch_size) * self.token_s
-            self._batch_size = max(self._batch_size, num_tokens)
-        else:
-            self._batch_begin, self._batch_size = max(self._free_at, now), num_tokens
-            self._free_at = self._batch_begin + num_tokens * self.token_s
-        return self._free_at + self.latency_s
+    with _without_garbage_collection():
+        return _Simulation(deployment, requests, num_clients, num_steps_before, on_finish).run(on_step)
 
 
 class _Simulation:
     def __init__(
-        self, deployment: Deployment, arrivals: Sequence[Arrival], is_offline: bool, on_finish: Callable[[], object]
+        self,
+        deployment: Deployment,
+        requests: Sequence[Request],
+        num_clients: int,
+        num_steps_before: int,
+        on_finish: Callable[[], object],
     ) -> None:
         self.clock = VirtualClock()
         limits, spec = deployment.limits, deployment.spec
@@ -172,114 +157,112 @@ class _Simulation:
         self.engine = LLMEngine(
             scheduler,
             self.executor,
-            vocab_size=spec.vocab_size,
+            vocab_size=ANY_TOKEN,
             max_model_len=deployment.max_model_len,
             num_steps_ahead=deployment.num_steps_ahead,
             clock=self.clock,
         )
-        self.arrivals = arrivals
-        self.is_offline = is_offline
+        self.requests = requests
+        self.has_server = deployment.has_server
         self.calibration = deployment.hardware.calibration
         self.run_so_far = Run(work=self.executor.work)
-        self.num_added = 0
-        costs = self.calibration
-        frontend = (0.0, 0.0, 0.0) if is_offline else (costs.frontend_s, costs.frontend_request_s, costs.frontend_token_s)
-        self._frontend = FrontEnd(*frontend)
-        self._num_read = 0
-        self._read: deque[float] = deque()  # when requests that the front end has begun to read are at the engine
-        self._open: dict[str, Arrival] = {}  # by request id
-        self._first_token: dict[str, float] = {}  # when its client had it
+        self._front_end = FrontEnd(self.calibration, self._see, num_clients)
+        self._first_token: dict[int, float] = {}  # by index: when its client had it
+        self._ended: dict[int, GenerationOutput] = {}  # by the engine; their clients do not know it yet
+        self._turns_after: dict[int, list[int]] = defaultdict(list)  # index of a request -> those that wait for its answer
+        for index, one in enumerate(requests):
+            if one.after is not None:
+                self._turns_after[one.after].append(index)
+            elif self.has_server:
+                self._arrive(one.arrival_s, index)
         self._on_finish = on_finish
         self._params: dict[int, SamplingParams] = {}
+        self._num_collected = num_steps_before
+        self._keyframe_s = deployment.num_blocks * self.calibration.keyframe_block_s
 
     def run(self, on_step: Callable[[LLMEngine], None] | None) -> Run:
-        engine, clock = self.engine, self.clock
-        if self.is_offline:
+        engine, clock, front_end = self.engine, self.clock, self._front_end
+        if not self.has_server:
             self._start_early()
-        while self.num_added < len(self.arrivals) or engine.has_work:
+        while True:
             if not engine.has_work:
-                clock.now = max(clock.now, self._read[0] if self._read else self.arrivals[self.num_added].time)
-            self._read_arrivals()
-            while self._read and self._read[0] <= clock.now:
-                self._read.popleft()
-                self._add_next()
-            if engine.has_work:
-                self._hand_over(engine.step())
-                if on_step is not None:
-                    on_step(engine)
-        return self.run_so_far
+                begin = front_end.wait()
+                if begin == inf:
+                    return self.run_so_far
+                clock.now = max(clock.now, begin)
+            front_end.advance(clock.now)
+            for index in front_end.take(clock.now):
+                self._add(index)
+            self._hand_over(engine.step())
+            if on_step is not None:
+                on_step(engine)
 
     def _start_early(self) -> None:
         """`generate` dispatches one step when enough prompts for it are there, then adds the others."""
-        num_tokens = 0
-        while self.num_added < len(self.arrivals) and num_tokens < self.engine.scheduler.limits.max_num_batched_tokens:
-            num_tokens += self.arrivals[self.num_added].num_input
-            self._add_next()
-        if self.num_added < len(self.arrivals):
-            self.engine.step(may_collect=False)
-        while self.num_added < len(self.arrivals):
-            self._add_next()
-        self._num_read = self.num_added
+        budget = self.engine.scheduler.limits.max_num_batched_tokens
+        for index, request in enumerate(self.requests):
+            self._front_end.sent[index] = 0.0
+            self._add(index)
+            missing, budget = budget, budget - len(request.prompt)
+            if budget <= 0 < missing and index + 1 < len(self.requests):
+                self.engine.step(may_collect=False)
 
-    def _read_arrivals(self) -> None:
-        while self._num_read < len(self.arrivals) and self.arrivals[self._num_read].time <= self.clock.now:
-            self._read.append(self._frontend.read(self.arrivals[self._num_read].time))
-            self._num_read += 1
+    def _arrive(self, time: float, index: int) -> None:
+        self._front_end.arrive(time, index, len(self.requests[index].prompt))
 
-    def _add_next(self) -> None:
-        arrival = self.arrivals[self.num_added]
-        self.clock.now += arrival.num_input * self.calibration.host_token_s
-        request_id = self.engine.add_request(
-            self._prompt_of(arrival), self._params_of(arrival.num_output), request_id=str(self.num_added)
-        )
-        self._open[request_id] = arrival
-        self.num_added += 1
-
-    def _prompt_of(self, arrival: Arrival) -> list[int]:
-        if arrival.token_ids is not None:
-            return arrival.token_ids
-        prefix: list[int] = []
-        if arrival.prefix >= 0:
-            prefix = _tokens(arrival.prefix, arrival.num_prefix, 3)
-        return prefix + _tokens(self.num_added, arrival.num_input - len(prefix), 5)
+    def _add(self, index: int) -> None:
+        request = self.requests[index]
+        self.clock.now += len(request.prompt) * self.calibration.host_token_s
+        self.engine.add_request(request.prompt, self._params_of(request.num_output), request_id=str(index))
 
     def _params_of(self, num_output: int) -> SamplingParams:
         if num_output not in self._params:
             self._params[num_output] = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True)
         return self._params[num_output]
 
-    def _hand_over(self, outputs: list) -> None:
+    def _hand_over(self, outputs: list[GenerationOutput]) -> None:
         """The tokens of a step go to their clients."""
         if not outputs:
             return
-        self._read_arrivals()  # what came before this step ended is ahead of its tokens
-        now = self.clock.now
-        seen = self._frontend.write(now, len(outputs))
-        for output in outputs:
-            if output.metrics.first_token_time == now:
-                self._first_token[output.request_id] = seen
-            if output.finished:
-                self._close(output, seen)
+        now, told = self.clock.now, []
+        self._num_collected += 1
+        if self.has_server and self._num_collected % KEYFRAME_STEPS == 0:
+            self.clock.now += self._keyframe_s
+        for place, output in enumerate(outputs):
+            is_first = output.metrics.first_token_time == now
+            if is_first or output.finished:
+                index = int(output.request_id)
+                told.append(Told(place, index, is_first, output.finished))
+                if output.finished:
+                    self._ended[index] = output
+        if self.has_server:
+            self._front_end.tell(self.clock.now, len(outputs), told)
+        else:
+            for one in told:
+                self._see(one, now)
 
-    def _close(self, output: GenerationOutput, seen: float) -> None:
-        times, arrival = output.metrics, self._open.pop(output.request_id)
+    def _see(self, told: Told, time: float) -> None:
+        """A client has these tokens."""
+        index = told.request
+        if told.is_first:
+            self._first_token[index] = time
+        if not told.is_last:
+            return
+        times = self._ended.pop(index).metrics
         self.run_so_far.finished.append(
             Finished(
-                arrival.time,
-                self._first_token.pop(output.request_id),
-                seen,
+                self._front_end.sent.pop(index),
+                self._first_token.pop(index),
+                time,
                 times.num_prompt_tokens,
                 times.num_generated_tokens,
                 times.num_cached_tokens,
                 times.num_preemptions,
             )
         )
+        for turn in self._turns_after.pop(index, ()):
+            self._arrive(time + self.requests[turn].arrival_s, turn)
         self._on_finish()
-
-
-def _tokens(number: int, length: int, filler: int) -> list[int]:
-    """A run of tokens whose first two (one, if it is that short) say which it is."""
-    return [number % BASE, number // BASE, *[filler] * (length - 2)][:length]
 
 
 @contextmanager

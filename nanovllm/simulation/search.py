@@ -1,6 +1,7 @@
 """Searches: the smallest number of replicas, and the best limits, by running the simulation for each candidate.
 
-Replicas get requests in turn (round-robin) and know nothing of each other. More replicas never make a load worse beyond
+Replicas get requests in turn (round-robin), the later turns of a conversation where it began, and know nothing of each
+other. More replicas never make a load worse beyond
 noise, so their number is doubled until the objectives hold, and then bisected. Limits are a small grid, tried in full;
 the cache keeps the size that it has with the limits that were asked for.
 """
@@ -13,9 +14,9 @@ from typing import Any
 
 from nanovllm.simulation.report import Objectives, summarize
 from nanovllm.simulation.run import Deployment, Run, simulate
-from nanovllm.simulation.workload import Workload
+from nanovllm.workloads import Workload, deal
 
-NUM_SEQUENCES = (32, 64, 128, 256)  # tried for max_num_seqs, up to what was asked for
+NUM_SEQUENCES = (32, 64, 128, 256, 512)  # tried for max_num_seqs, up to what was asked for
 BUDGETS = (512, 1024, 2048, 4096, 8192, 16_384)  # tried for max_num_batched_tokens
 MAX_REPLICAS = 1024
 
@@ -23,9 +24,9 @@ MAX_REPLICAS = 1024
 def run_replicas(
     deployment: Deployment, workload: Workload, num_replicas: int, on_finish: Callable[[], object] = lambda: None
 ) -> list[Run]:
-    """Each replica serves every `num_replicas`-th request."""
-    shares = [workload.arrivals[first::num_replicas] for first in range(num_replicas)]
-    return [simulate(deployment, share, is_offline=workload.is_offline, on_finish=on_finish) for share in shares if share]
+    """One run for each replica that got a request."""
+    shares = [share for _, share in deal(workload.requests, num_replicas) if share]
+    return [simulate(deployment, share, on_finish=on_finish) for share in shares]
 
 
 def find_replicas(
@@ -36,10 +37,10 @@ def find_replicas(
 
     def is_enough(number: int) -> bool:
         tried[number] = summarize(deployment, run_replicas(deployment, workload, number), objectives)
-        note(f"{number} replicas: {tried[number]['goodput_share']:.2%} within the objectives")
+        note(f"{number} replica{'s' * (number > 1)}: {tried[number]['goodput_share']:.2%} within the objectives")
         return tried[number]["goodput_share"] >= share
 
-    limit = min(MAX_REPLICAS, len(workload.arrivals))
+    limit = min(MAX_REPLICAS, len(workload.requests))
     low, high = 0, 1  # `low` is not enough
     while not is_enough(high):
         if high == limit:

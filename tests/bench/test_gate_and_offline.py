@@ -15,8 +15,8 @@ from support import greedy, make_engine
 from nanovllm.bench.check import check_record
 from nanovllm.bench.offline import run_workload
 from nanovllm.bench.record import read_record
-from nanovllm.bench.workloads import make_workload
 from nanovllm.cli import main
+from nanovllm.workloads import make_workload
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -27,10 +27,10 @@ from nanovllm.bench.record import read_record, write_record
 from nanovllm.bench.report import write_report
 from nanovllm.bench.results import Slo, percentile, result_table, summarize_repeat
 from nanovllm.bench.serve import Plan, Run, turns
-from nanovllm.bench.workloads import make_workload
 from nanovllm.cli import main
 from nanovllm.energy import EnergyMeter
 from nanovllm.errors import ConfigError
+from nanovllm.workloads import make_workload
 
 NUM_REQUESTS = 6
 

@@ -18,9 +18,9 @@ from nanovllm.bench.load import Row, Target, send_workload
 from nanovllm.bench.record import read_record
 from nanovllm.bench.results import percentile
 from nanovllm.bench.server_metrics import TTFT, read_totals, told_between
-from nanovllm.bench.workloads import make_workload
 from nanovllm.cli import main
 from nanovllm.errors import ConfigError, NanoVllmError
+from nanovllm.workloads import make_workload
 
 SHORT = {"num_input": 8, "vocabulary": 40}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from support import make_engine, make_scheduler
 
 from nanovllm.errors import ConfigError
-from nanovllm.observability.flight_recorder import FlightRecorder
+from nanovllm.observability.flight_recorder import FlightRecorder, keyframe_of
 from nanovllm.observability.observer import observe
 from nanovllm.observability.options import ObservabilityOptions
 from nanovllm.observability.replay import Replay, replay_file
@@ -134,3 +135,19 @@ def test_what_is_no_record_is_refused(tmp_path):
             replay_file(str(path))
     with pytest.raises(ConfigError, match="not a flight record"):
         replay_file(str(tmp_path / "none.json"))
+
+
+def test_a_keyframe_of_many_cached_blocks_makes_no_object_for_each():
+    """Or the garbage collector stops the engine, longer than ten steps on a GPU, whenever a segment is full."""
+    scheduler = make_scheduler(num_blocks=5000, block_size=16)
+    for block in scheduler.block_manager._blocks:
+        block.block_hash = block.content_id = block.block_id + 1
+    gc.collect()
+    gc.disable()
+    try:
+        before = gc.get_count()[0]
+        keyframe = keyframe_of(scheduler)
+        assert gc.get_count()[0] - before < 100
+    finally:
+        gc.enable()
+    assert keyframe["cached"][0] == list(range(5000))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from itertools import pairwise
 
 import pytest
 
@@ -13,9 +12,9 @@ from nanovllm.cli import main
 from nanovllm.errors import ConfigError
 from nanovllm.simulation.command import SimulateOptions, simulate_options
 from nanovllm.simulation.report import Objectives, percentile
-from nanovllm.simulation.workload import nano_vllm_benchmark, parse_workload
+from nanovllm.workloads import MAKERS, PRESETS, make_workload, write_trace
 
-SMALL = "poisson:rate=50,requests=30,input=64,output=8"
+SMALL = "poisson:rate=50,num_requests=30,num_input=64,num_output=8"
 
 
 def test_a_report_is_printed_for_people(capsys):
@@ -30,12 +29,25 @@ def test_a_card_that_was_not_measured_says_so(capsys):
     assert "NOT calibrated" in capsys.readouterr().out
 
 
-def test_equal_seeds_give_equal_bytes_without_loading_torch():
-    program = (
-        "import sys; from nanovllm.cli import main; status = main(sys.argv[1:]); "
-        "sys.exit(status or ','.join(name for name in ('torch', 'numpy') if name in sys.modules) or 0)"
-    )
-    command = [sys.executable, "-c", program, "simulate", "--json", "--workload", SMALL, "--workload-seed", "4"]
+WITHOUT_TORCH = """
+import sys
+sys.modules.update(torch=None, numpy=None, triton=None, transformers=None)  # importing one of them is an error now
+from nanovllm.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--slo", "ttft=200ms,tpot=20ms", "--search", "replicas"],
+        ["--slo", "ttft=200ms", "--search", "limits", "--max-num-seqs", "32"],
+        ["--gpu", "cpu", "--model", "smollm2-135m"],
+    ],
+)
+def test_equal_seeds_give_equal_bytes_where_torch_cannot_be_imported(options):
+    command = [sys.executable, "-c", WITHOUT_TORCH, "simulate", "--json", "--workload", SMALL, "--workload-seed", "4", *options]
     first, second = (subprocess.run(command, capture_output=True) for _ in range(2))
     assert first.returncode == 0, first.stderr.decode()
     assert first.stdout == second.stdout
@@ -44,7 +56,7 @@ def test_equal_seeds_give_equal_bytes_without_loading_torch():
 
 
 def test_the_smallest_number_of_replicas_is_found_and_one_less_is_not_enough():
-    load = "poisson:rate=300,requests=200,input=256,output=16"
+    load = "poisson:rate=300,num_requests=200,num_output=16"
     options = {"gpu": "l4", "model": "qwen3-0.6b", "workload": load, "slo": "ttft=150ms,tpot=20ms"}
     report = simulate_options(SimulateOptions(**options, search="replicas", share=0.95))
     needed = report["replicas_needed"]
@@ -55,13 +67,22 @@ def test_the_smallest_number_of_replicas_is_found_and_one_less_is_not_enough():
 
 
 def test_objectives_that_no_number_of_replicas_meets_are_said_to_be_so(capsys):
-    options = ["--workload", "poisson:rate=50,requests=6,input=64,output=2", "--slo", "ttft=1us", "--search", "replicas"]
+    options = [
+        "--workload",
+        "poisson:rate=50,num_requests=6,num_input=64,num_output=2",
+        "--slo",
+        "ttft=1us",
+        "--search",
+        "replicas",
+    ]
     assert main(["simulate", *options]) == 0
     assert "no number of replicas (up to 6) meets ttft=1us" in capsys.readouterr().out
 
 
 def test_the_best_limits_are_not_worse_than_any_that_were_tried():
-    options = SimulateOptions(workload="burst:requests=12,input=600,output=8", slo="ttft=30ms", search="limits", max_num_seqs=64)
+    options = SimulateOptions(
+        workload="fixed:num_requests=12,num_input=600,num_output=8", slo="ttft=30ms", search="limits", max_num_seqs=64
+    )
     report = simulate_options(options)
     pairs = {(row["max_num_seqs"], row["max_num_batched_tokens"]) for row in report["tried"]}
     assert len(pairs) == len(report["tried"]) == 12
@@ -74,12 +95,13 @@ def test_the_best_limits_are_not_worse_than_any_that_were_tried():
     [
         ("gpu", "h201", "gpu='h201'.*h200"),
         ("model", "nothing", "model='nothing'"),
-        ("workload", "poison:rate=1", "workload='poison:rate=1'.*poisson"),
-        ("workload", "poisson:rat=1", "workload=.*'rat=1' is not understood.*rate"),
-        ("workload", "poisson:rate=0", "rate='0' must be a number above 0"),
-        ("workload", "burst:requests=0", "requests='0' must be a whole number"),
-        ("workload", "burst:input=9-3", "input='9-3' must be"),
+        ("workload", "poison:rate=1", "workload 'poison'.*poisson"),
+        ("workload", "poisson:rat=1", "workload 'poisson' has no parameter 'rat'.*rate"),
+        ("workload", "poisson:rate=0", "rate=0 must be a number above 0"),
+        ("workload", "poisson:rate", "'rate' is not of the form"),
+        ("workload", "fixed:num_requests=0", "num_requests=0 must be a whole number"),
         ("workload", "trace:path=/nowhere", "path='/nowhere' cannot be read"),
+        ("server", False, "server=False.*do not all come at once"),
         ("slo", "ttft=200", "slo='ttft=200'.*unit"),
         ("slo", "ttf=2s", "slo='ttf=2s'.*ttft"),
         ("replicas", 0, "replicas=0"),
@@ -94,6 +116,13 @@ def test_the_best_limits_are_not_worse_than_any_that_were_tried():
 def test_errors_name_the_option(option, value, message):
     with pytest.raises(ConfigError, match=message):
         simulate_options(SimulateOptions(**{"workload": SMALL, option: value}))
+
+
+def test_a_burst_goes_through_generate_unless_a_server_is_asked_for():
+    load = {"workload": "fixed:num_requests=20,num_input=64,num_output=4"}
+    offline, online = (simulate_options(SimulateOptions(**load, server=server)) for server in (None, True))
+    assert (offline["through"], online["through"]) == ("LLM.generate", "a server")
+    assert online["result"]["ttft_ms"]["p50"] > offline["result"]["ttft_ms"]["p50"] + 1
 
 
 def test_a_model_that_does_not_fit_is_refused():
@@ -114,37 +143,17 @@ def test_objectives_have_units():
 # --- workloads
 
 
-def test_the_benchmark_of_nano_vllm_has_its_token_counts():
-    arrivals = nano_vllm_benchmark()
-    assert len(arrivals) == 256
-    assert sum(arrival.num_output for arrival in arrivals) == 133_966
-
-
-@pytest.mark.parametrize(("kind", "options"), [("poisson", ""), ("bursty", ",burstiness=0.2")])
-def test_arrivals_come_at_the_asked_rate(kind, options):
-    times = [arrival.time for arrival in parse_workload(f"{kind}:rate=20,requests=5000{options}").arrivals]
-    assert times == sorted(times)
-    assert 5000 / times[-1] == pytest.approx(20, rel=0.1)
-
-
-def test_clumps_have_a_larger_spread_than_independent_arrivals():
-    spreads = []
-    for kind in ("poisson", "bursty"):
-        times = [arrival.time for arrival in parse_workload(f"{kind}:rate=20,requests=3000").arrivals]
-        gaps = [after - before for before, after in pairwise(times)]
-        mean = sum(gaps) / len(gaps)
-        spreads.append(sum((gap - mean) ** 2 for gap in gaps) / len(gaps) / mean**2)
-    assert spreads[0] == pytest.approx(1.0, rel=0.2)
-    assert spreads[1] > 2
-
-
-def test_a_trace_is_read_in_the_order_of_time_and_bad_lines_are_named(tmp_path):
-    path = tmp_path / "trace.jsonl"
-    path.write_text('{"arrival": 2, "input": 5, "output": 6}\n\n{"arrival": 1, "input": 3, "output": 4}\n')
-    assert [(a.time, a.num_input, a.num_output) for a in parse_workload(f"trace:path={path}").arrivals] == [(1, 3, 4), (2, 5, 6)]
-    path.write_text('{"arrival": 2, "input": 5, "output": 6}\n{"arrival": 1}\n')
-    with pytest.raises(ConfigError, match="line 2"):
-        parse_workload(f"trace:path={path}")
-    path.write_text("")
-    with pytest.raises(ConfigError, match="holds no requests"):
-        parse_workload(f"trace:path={path}")
+@pytest.mark.parametrize("name", [*MAKERS, *PRESETS])
+def test_every_workload_of_the_benchmarks_is_simulated(name, tmp_path):
+    text = {
+        "nano-vllm": "nano-vllm:num_requests=20",
+        "multi-tenant": "multi-tenant:seconds=10,scale=4",
+        "trace": f"trace:path={tmp_path / 'trace.jsonl'}",
+    }.get(name, name)
+    write_trace(make_workload("multi-turn", num_sessions=3), tmp_path / "trace.jsonl")
+    parameters = {"nano-vllm": {"num_requests": 20}, "multi-tenant": {"seconds": 10.0, "scale": 4}}.get(name, {})
+    workload = make_workload(name, **({"path": str(tmp_path / "trace.jsonl")} if name == "trace" else parameters))
+    report = simulate_options(SimulateOptions(workload=text))
+    assert report["workload_checksum"] == workload.checksum
+    assert report["result"]["requests"] == len(workload.requests)
+    assert report["result"]["output_tokens"] == sum(one.num_output for one in workload.requests)

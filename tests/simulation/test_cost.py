@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from nanovllm.bench.workloads import make_workload, shifted
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.errors import ConfigError
 from nanovllm.simulation import cost as cost_module
-from nanovllm.simulation.calibrate import calibrate
+from nanovllm.simulation.calibrate import calibrate, calibrate_front_end
 from nanovllm.simulation.cost import CostModel
 from nanovllm.simulation.hardware import H200_CALIBRATION, PROFILES, find_hardware
 from nanovllm.simulation.shapes import SHAPES, find_shape
-from nanovllm.simulation.validate import Line, _loads, describe_lines, validate
+from nanovllm.simulation.validate import Line, Server, _loads, describe_lines, validate
+from nanovllm.workloads import make_workload, shifted
 
 RECORDS = Path(__file__).resolve().parents[2] / "benchmarks/records"
 
@@ -40,6 +40,15 @@ def test_the_profile_is_what_the_records_say():
     computed = calibrate(PROFILES["h200"], record("kernels"), record("steps-qwen3-0.6b"), [offline])
     for field in fields(H200_CALIBRATION):
         assert getattr(H200_CALIBRATION, field.name) == pytest.approx(getattr(computed, field.name), rel=0.01), field.name
+
+
+def test_the_front_end_costs_what_the_record_says():
+    """Three of the five numbers are of the GPU's machine, from rows of its serving records: another processor."""
+    computed = calibrate_front_end(H200_CALIBRATION, json.loads((RECORDS / "2026-11-29-front-end-costs.json").read_text()))
+    for name in ("client_event_s", "tokenize_token_s"):
+        assert getattr(H200_CALIBRATION, name) == pytest.approx(getattr(computed, name), rel=0.01), name
+    for name in ("frontend_request_s", "frontend_event_s", "client_request_s"):
+        assert getattr(H200_CALIBRATION, name) == pytest.approx(getattr(computed, name), rel=0.35), name
 
 
 def test_decoding_steps_are_within_a_tenth_of_the_record():
@@ -87,27 +96,25 @@ def test_buckets_are_those_of_the_engine():
 def test_offline_lines_of_prompts_hold_the_bar():
     from nanovllm.simulation.run import simulate
     from nanovllm.simulation.validate import _deployment
-    from nanovllm.simulation.workload import Arrival
+    from nanovllm.workloads import Request
 
     for name in ("qwen3-0.6b", "qwen3-8b"):
         measured = record(name)
-        deployment = _deployment(measured, is_greedy=False)
-        prompts = simulate(deployment, [Arrival(0.0, 2048, 1)] * 64, is_offline=True).finished
+        deployment = replace(_deployment(measured, is_greedy=False), has_server=False)
+        prompts = simulate(deployment, make_workload("fixed", num_requests=64, num_input=2048, num_output=1).requests).finished
         rate = 64 * 2048 / max(one.finish for one in prompts)
         assert rate == pytest.approx(measured["results"]["prompt_tok_s_64x2048"]["median"], rel=0.10)
-        (long,) = simulate(deployment, [Arrival(0.0, 8192, 1)], is_offline=True).finished
+        (long,) = simulate(deployment, [Request(0.0, (1,) * 8192, 1)]).finished
         assert long.ttft * 1e3 == pytest.approx(measured["results"]["ttft_8192_ms"]["median"], rel=0.10)
 
 
-def test_the_requests_of_the_serving_records_are_replayed():
-    """Prompts are those that `bench serve` makes, in the order and at the times at which its client sent them."""
-    for load in _loads(RECORDS / "2026-11-29-gpu-serve-at-once-128.json"):
-        assert [arrival.time for arrival in load.arrivals] == [row["sent_ms"] / 1e3 for row in load.rows]
+def test_the_requests_of_the_serving_records_are_simulated():
+    """Prompts are those that `bench serve` makes, moved for each repeat."""
+    loads = list(_loads(RECORDS, Server(("at-once-128",), ("at-once-128",))))
     workload = make_workload("poisson", rate=float("inf"), num_requests=128, num_input=1024, num_output=512)
-    expected = shifted(workload, load.rows[0]["repeat"]).requests  # the last repeat
-    assert load.is_last_repeat and load.what == "128 at once"
-    for arrival, row in zip(load.arrivals, load.rows, strict=True):
-        assert tuple(arrival.token_ids) == expected[row["index"]].prompt and arrival.num_output == 512
+    assert [load.requests for load in loads] == [shifted(workload, repeat).requests for repeat in (0, 1, 2)]
+    assert [load.is_compared for load in loads] == [False, False, True] and loads[0].what == "128 at once"
+    assert all(len(load.rows) == 128 and load.rows[0]["repeat"] == repeat for repeat, load in enumerate(loads))
 
 
 def test_the_table_of_lines_counts_what_holds_the_bar():

@@ -4,6 +4,8 @@ A workload is data. It knows no server, no engine and no tensors, so the client,
 take the same one. Prompts are token ids. All randomness is `random.Random(seed)`, whose methods give the same numbers in
 every Python since 3.2, so a checksum identifies a workload everywhere. A maker's keyword arguments are its parameters,
 with their defaults; what it was given is in the record.
+
+    poisson:rate=50,num_requests=1500,num_input=512     a name, and the parameters that differ from their defaults
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import hashlib
 import inspect
 import json
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import inf, isfinite
 from pathlib import Path
 from random import Random
@@ -22,6 +26,7 @@ from typing import Any
 from nanovllm.errors import ConfigError, did_you_mean
 
 VOCABULARY = 10_000  # token ids of random prompts are from 1 up to, but not including, this
+MAX_VOCABULARY = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +38,26 @@ class Request:
     after: int | None = None  # index of the request that must have ended before: the turn before this one
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Workload:
     name: str
     seed: int
     parameters: dict[str, Any]
     requests: list[Request]
     temperature: float = 0.0
-    checksum: str = field(init=False)  # of everything that is sent, and when (to the microsecond)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def checksum(self) -> str:
+        """Of everything that is sent, and when (to the microsecond)."""
         digest = hashlib.sha256(f"{self.temperature}".encode())
         for one in self.requests:
             row = [round(one.arrival_s * 1e6), one.num_output, one.tenant, one.after, one.prompt]
             digest.update(json.dumps(row, separators=(",", ":")).encode())
-        object.__setattr__(self, "checksum", digest.hexdigest()[:16])
+        return digest.hexdigest()[:16]
+
+    @property
+    def is_all_at_once(self) -> bool:
+        return all(one.arrival_s == 0.0 and one.after is None for one in self.requests)
 
     def describe(self) -> dict[str, Any]:
         """What a record says about it: enough to make it again, and to see what it is."""
@@ -76,6 +86,27 @@ def shifted(workload: Workload, number: int) -> Workload:
     offset = number * SHIFT - low
     requests = [replace(one, prompt=tuple(low + (token + offset) % size for token in one.prompt)) for one in workload.requests]
     return replace(workload, requests=requests)
+
+
+def deal(requests: Sequence[Request], count: int) -> list[tuple[list[int], list[Request]]]:
+    """Requests dealt out round-robin: for each of `count` parts the indices of its requests, and the requests.
+
+    One that waits for another goes where that one went; `after` is then an index into its part.
+    """
+    parts: list[tuple[list[int], list[Request]]] = [([], []) for _ in range(count)]
+    seats: list[tuple[int, int]] = []  # of each request: its part, and its place there
+    turn = 0
+    for index, one in enumerate(requests):
+        if one.after is None:
+            part, before = turn % count, None
+            turn += 1
+        else:
+            part, before = seats[one.after]
+        indices, dealt = parts[part]
+        seats.append((part, len(dealt)))
+        indices.append(index)
+        dealt.append(replace(one, after=before))
+    return parts
 
 
 def _distribution(values: list[int]) -> dict[str, float]:
@@ -215,6 +246,8 @@ def multi_tenant(
 
 def trace(rng: Random, path: str = "", vocabulary: int = VOCABULARY, speed: float = 1.0) -> Iterator[Request]:
     """Replay a file of JSON lines, `speed` times as fast. Two forms, see docs/benchmarks.md: ours, and Mooncake's."""
+    if not path:
+        raise ConfigError("workload 'trace' needs a file: path=FILE")
     blocks: dict[int, tuple[int, ...]] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -240,11 +273,28 @@ def _trace_request(
         prompt = prompt[:length] + _tokens(rng, length - len(prompt), vocabulary)
         return Request(line["timestamp"] / 1e3 / speed, prompt, int(line["output_length"]))
     prompt = tuple(line["prompt"]) if "prompt" in line else _tokens(rng, int(line["num_input"]), vocabulary)
-    return Request(line["arrival_s"] / speed, prompt, int(line["num_output"]), line.get("tenant", ""), line.get("after"))
+    after = line.get("after")
+    after = None if after is None else int(after)
+    return Request(line["arrival_s"] / speed, prompt, int(line["num_output"]), line.get("tenant", ""), after)
 
 
 def _tokens(rng: Random, count: int, vocabulary: int) -> tuple[int, ...]:
-    return tuple(rng.randrange(1, vocabulary) for _ in range(count))
+    """`count` times `rng.randrange(1, vocabulary)`, a few times faster: the same 32-bit words of the generator, in one piece."""
+    ids, tokens = _token_ids(vocabulary), []
+    shift = 32 - len(ids).bit_length()
+    limit = len(ids) << shift
+    while (missing := count - len(tokens)) > 0:
+        words = struct.unpack(f"<{missing}I", rng.getrandbits(32 * missing).to_bytes(4 * missing, "little"))
+        tokens += [ids[word >> shift] for word in words if word < limit]
+    return tuple(tokens)
+
+
+@lru_cache
+def _token_ids(vocabulary: int) -> tuple[int, ...]:
+    """All that may be drawn; prompts share these objects. Raises `ValueError` when there is none."""
+    if not 2 <= vocabulary <= MAX_VOCABULARY:
+        raise ValueError(f"vocabulary={vocabulary} must be from 2 to {MAX_VOCABULARY}")
+    return tuple(range(1, vocabulary))
 
 
 def _around(rng: Random, length: int, spread: float) -> int:
@@ -312,6 +362,11 @@ def make_workload(name: str, seed: int = 0, **parameters: Any) -> Workload:
         raise ConfigError(f"workload {name!r} cannot be made with {chosen}: {error}") from error
     if not requests or any(not one.prompt or one.num_output < 1 for one in requests):
         raise ConfigError(f"workload {name!r} with {chosen} has no requests, or some without a prompt or without output")
+    for index, one in enumerate(requests):
+        if not 0 <= one.arrival_s < inf:
+            raise ConfigError(f"workload {name!r}: request {index} comes at {one.arrival_s} s, which must be at least 0")
+        if one.after is not None and not 0 <= one.after < index:
+            raise ConfigError(f"workload {name!r}: request {index} comes after {one.after}, which must be one before it")
     return Workload(name, seed, chosen, requests, TEMPERATURES.get(name, 0.0))
 
 
@@ -327,13 +382,22 @@ def _check_parameter(name: str, key: str, value: Any, kind: type) -> None:
         raise ConfigError(f"workload {name!r}: {key}={value!r} must be {wanted}")
 
 
-def parse_parameters(settings: list[str]) -> dict[str, Any]:
+def parse_workload(text: str, seed: int = 0, settings: Sequence[str] = ()) -> Workload:
+    """A workload by its description, `NAME` or `NAME:PARAMETER=VALUE,...`; `settings` are more of these, and win.
+
+    Raises `ConfigError` that says what is wrong.
+    """
+    name, _, rest = text.partition(":")
+    return make_workload(name, seed, **parse_parameters([*filter(None, rest.split(",")), *settings]))
+
+
+def parse_parameters(settings: Sequence[str]) -> dict[str, Any]:
     """["rate=inf", "num_requests=8"] to values: whole numbers, numbers, else text."""
     parameters: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
-            raise ConfigError(f"{setting!r} is not of the form NAME=VALUE")
+            raise ConfigError(f"workload: {setting!r} is not of the form PARAMETER=VALUE")
         parameters[key.replace("-", "_")] = _parse(text)
     return parameters
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.bench import workloads
-from nanovllm.bench.workloads import make_workload, parse_parameters, shifted, write_trace
 from nanovllm.errors import ConfigError
+from nanovllm.workloads import Request, deal, make_workload, parse_parameters, shifted, write_trace
 
-ROOT = Path(workloads.__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CHECKSUMS = {
     "nano-vllm": "33611acecf1cde71",
     "fixed": "4f012ece65fe4e70",
@@ -29,7 +28,7 @@ CHECKSUMS = {
 }
 PROGRAM = """
 import sys
-from nanovllm.bench.workloads import MAKERS, make_workload
+from nanovllm.workloads import MAKERS, make_workload
 print(*(f"{name} {make_workload(name).checksum}" for name in MAKERS if name != "trace"), sep="\\n")
 sys.exit("torch" in sys.modules)
 """
@@ -121,6 +120,14 @@ def test_a_shifted_workload_shares_the_same_things_in_other_words():
     assert not {one.prompt[:40] for one in other.requests} & {one.prompt[:40] for one in workload.requests}
 
 
+def test_requests_are_dealt_in_turn_and_a_conversation_stays_where_it_began():
+    requests = [Request(0.0, (1,), number, after=after) for number, after in enumerate((None, None, 1, None, 2))]
+    (first, evens), (second, odds) = deal(requests, 2)
+    assert (first, second) == ([0, 3], [1, 2, 4])
+    assert [one.num_output for one in evens] == first and [one.num_output for one in odds] == second
+    assert [one.after for one in evens] == [None, None] and [one.after for one in odds] == [None, 0, 1]
+
+
 def test_a_trace_replays_what_was_written(tmp_path):
     workload = make_workload("multi-turn", num_sessions=2)
     write_trace(workload, tmp_path / "trace.jsonl")
@@ -150,6 +157,7 @@ def test_a_trace_of_mooncake_shares_the_blocks_that_its_ids_share(tmp_path):
         ("poisson", {"num_requests": 1.5}, "num_requests=1.5"),
         ("poisson", {"num_input": True}, "num_input=True"),
         ("nano-vllm", {"shortest": 9, "longest": 8}, "cannot be made"),
+        ("trace", {}, "needs a file: path=FILE"),
         ("trace", {"path": "/nowhere"}, "cannot be read"),
         ("trace", {"path": 3}, "path=3"),
     ],
@@ -157,6 +165,15 @@ def test_a_trace_of_mooncake_shares_the_blocks_that_its_ids_share(tmp_path):
 def test_a_workload_that_makes_no_sense_is_refused(name, parameters, problem):
     with pytest.raises(ConfigError, match=problem):
         make_workload(name, **parameters)
+
+
+@pytest.mark.parametrize(("line", "problem"), [("arrival_s", "request 1 comes at -1"), ("after", "request 1 comes after 1")])
+def test_a_request_that_cannot_come_is_named(tmp_path, line, problem):
+    rows = [{"arrival_s": 0, "num_input": 4, "num_output": 2}, {"arrival_s": 1, "num_input": 4, "num_output": 2}]
+    rows[1] |= {"arrival_s": -1} if line == "arrival_s" else {"after": 1}
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError, match=problem):
+        make_workload("trace", path=str(tmp_path / "t.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -175,5 +192,5 @@ def test_settings_become_numbers_where_they_are():
         "spread": 0.5,
         "path": "a=b",
     }
-    with pytest.raises(ConfigError, match="NAME=VALUE"):
+    with pytest.raises(ConfigError, match="PARAMETER=VALUE"):
         parse_parameters(["rate"])

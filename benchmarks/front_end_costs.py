@@ -1,0 +1,86 @@
+"""What keeps the event loops of a server and of `nanovllm bench serve`'s client busy: processor time by request, token, event.
+
+    python benchmarks/front_end_costs.py [--record front-end-costs]
+
+Four loads of one server whose engine computes nothing, with the client that the benchmarks use; each is many streams at
+once. Answers of one token after prompts of 4, 512 and 1,024 words; answers of many tokens, *paced* so that every token is
+an event of its own; the same *saturated*, where tokens that have come meanwhile share an event. The server's event loop is
+the main thread of its process; its other threads tokenise, and move bytes. Processor time hardly depends on what else the
+machine does. `nanovllm/simulation/calibrate.py` makes the simulator's front end of the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from front_end import STEPS_PER_SECOND, running_server
+
+from nanovllm.bench.http_client import Endpoint, stream
+from nanovllm.bench.record import summary, write_record
+
+
+def thread_times(pid: int) -> tuple[float, float]:
+    """Processor time of a process so far, seconds: (its main thread, its other threads)."""
+    times = {path.name: int((path / "schedstat").read_text().split()[0]) / 1e9 for path in Path(f"/proc/{pid}/task").iterdir()}
+    main = times.pop(str(pid))
+    return main, sum(times.values())
+
+
+async def send(port: int, num_streams: int, num_words: int, num_tokens: int) -> float:
+    """Events per token of so many streams at once."""
+    prompt = " ".join(f"w{number % 49}" for number in range(num_words))
+    fields = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+    body = json.dumps({"model": "fake", "stream": True, "stream_options": {"include_usage": True}, **fields}).encode()
+    endpoint = Endpoint(f"http://127.0.0.1:{port}", "/v1/completions", None)
+    exchanges = await asyncio.gather(*(stream(endpoint, body, 120.0) for _ in range(num_streams)))
+    if errors := {exchange.error for exchange in exchanges if exchange.error}:
+        raise SystemExit(f"failed: {sorted(errors)}")
+    return sum(len(exchange.token_times) for exchange in exchanges) / (num_streams * num_tokens)
+
+
+def measure(builder: str, loads: dict[str, tuple[int, int]], num_streams: int, repeats: int) -> dict[str, Any]:
+    """Name of a load -> processor time per request, microseconds. `loads`: (words, tokens)."""
+    engine = {"builder": builder, "max_num_seqs": num_streams, "num_kv_blocks": 131_072}
+    results: dict[str, Any] = {}
+    with running_server({}, engine) as (port, pids):
+        (server,) = pids["front end"]
+        for name, (num_words, num_tokens) in loads.items():
+            asyncio.run(send(port, num_streams, num_words, num_tokens))  # warm
+            values: dict[str, list[float]] = {"events_per_token": [], "loop_us": [], "threads_us": [], "client_us": []}
+            for _ in range(repeats):
+                before = (*thread_times(server), time.process_time())
+                values["events_per_token"].append(asyncio.run(send(port, num_streams, num_words, num_tokens)))
+                after = (*thread_times(server), time.process_time())
+                for key, start, end in zip(("loop_us", "threads_us", "client_us"), before, after):
+                    values[key].append((end - start) / num_streams * 1e6)
+            medians = {key: summary(numbers) for key, numbers in values.items()}
+            results[name] = {"words": num_words, "tokens": num_tokens, **medians}
+            print(name, {key: round(value["median"], 3) for key, value in medians.items()}, flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=100, help="of the long answers")
+    parser.add_argument("--steps-per-second", type=float, default=10.0, help="of the paced load")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--record", help="write a record with this name")
+    arguments = parser.parse_args()
+    os.environ[STEPS_PER_SECOND] = str(arguments.steps_per_second)
+    shape = arguments.streams, arguments.repeats
+    one_token = {"short": (4, 1), "words 512": (512, 1), "words 1024": (1024, 1)}
+    loads = measure("served:counting", {**one_token, "saturated": (4, arguments.tokens)}, *shape)
+    loads |= measure("front_end:paced", {"paced": (4, arguments.tokens)}, *shape)
+    if arguments.record:
+        print(write_record(arguments.record, settings=vars(arguments), loads=loads))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The front end of a simulated server, and its client: programs with one event loop each.
+
+An event loop does one thing at a time, in turns: what becomes ready during a turn waits for the next. So of requests that
+come at one moment none reaches the engine before all of them have been read, and the first token of one waits for the
+tokens of the others. The way of a request, with whom it keeps busy:
+
+    client    connect, and send the request
+    server    accept, read and parse it
+    (thread)  tokenise: nobody waits but the request
+    server    check it, hand it to the engine
+
+and of the tokens of a step:
+
+    server    take the engine's message, which is quick; in a later turn, write an event for each stream
+    client    read each event
+
+Messages that wait while the server is busy are taken together, and a stream's tokens are then one event. What nobody's
+processor is busy with (sockets, threads that wake up) is a latency, each way. Times in seconds. Read next: `run.py`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from heapq import heappop, heappush
+from math import inf
+from typing import NamedTuple
+
+from nanovllm.simulation.hardware import Calibration
+
+MAX_MESSAGES_PER_TURN = 8  # `engine/connection.py`'s
+CLIENT_TURNS = 3  # connect; be connected; write
+TURNS_BEFORE_TOKENS = 3  # of the server: accept; receive; run the handler until it waits for the thread that tokenises
+TURNS_WITH_TOKENS = 4  # hear of the tokens; go on; let others run; the task that streams hands the request to the engine
+
+
+class EventLoop:
+    """Runs callbacks in turns, each as long as it says."""
+
+    def __init__(self) -> None:
+        self._free_at = 0.0
+        self._ready: list[tuple[float, int, Callable[[float], float]]] = []  # a heap: (when, order, what)
+        self._num_added = 0
+
+    def add(self, time: float, run: Callable[[float], float]) -> None:
+        """At `time`, or in the first turn after it: run(now), which returns the seconds that it takes."""
+        heappush(self._ready, (time, self._num_added, run))
+        self._num_added += 1
+
+    @property
+    def next_turn(self) -> float:
+        """When it begins; infinity: there is nothing to do."""
+        return max(self._free_at, self._ready[0][0]) if self._ready else inf
+
+    def run_turn(self, start: float) -> None:
+        """`start`: `next_turn`."""
+        now, turn = start, []
+        while self._ready and self._ready[0][0] <= start:
+            turn.append(heappop(self._ready)[2])
+        for run in turn:
+            now += run(now)
+        self._free_at = now
+
+
+def _run_turns(
+    loop: EventLoop,
+    time: float,
+    count: int,
+    seconds: float,
+    then: Callable[[float], None],
+    begin: Callable[[float], None] | None = None,
+) -> None:
+    """So many turns of `loop` for one thing, the first at `time`, each of so many seconds. Then `then(now)`."""
+
+    def turn(now: float) -> float:
+        if begin is not None:
+            begin(now)
+        if count > 1:
+            _run_turns(loop, now + seconds, count - 1, seconds, then)
+        else:
+            then(now + seconds)
+        return seconds
+
+    loop.add(time, turn)
+
+
+class Told(NamedTuple):
+    """A stream of a step's message that somebody wants to know about: its first token, or its last."""
+
+    place: int  # among the streams of the message
+    request: int
+    is_first: bool
+    is_last: bool
+
+
+class FrontEnd:
+    """Requests in, at `arrive`; out to the engine, at `take`; tokens in, at `tell`; out to `on_seen`.
+
+    `on_seen(told, time)`: a client has these tokens. It may let further requests arrive.
+    """
+
+    def __init__(self, costs: Calibration, on_seen: Callable[[Told, float], None], num_clients: int = 1) -> None:
+        self._costs = costs
+        self._on_seen = on_seen
+        self.sent: dict[int, float] = {}  # by request, until somebody takes it out: when its client began with it
+        self._server = EventLoop()
+        self._clients = [EventLoop() for _ in range(num_clients)]  # programs, to which requests are dealt out
+        self._at_engine: deque[tuple[float, int]] = deque()  # (when, index)
+        self._messages: deque[tuple[float, int, Sequence[Told]]] = deque()  # (when, streams, told): not taken yet
+        self._is_draining = False
+
+    # --- time
+
+    def advance(self, until: float) -> None:
+        """Run all turns that begin by then."""
+        loop, start = self._next_turn()
+        while start <= until and start < inf:
+            loop.run_turn(start)
+            loop, start = self._next_turn()
+
+    def wait(self) -> float:
+        """Run until a request is at the engine. Returns when it is; infinity: nothing will come any more."""
+        loop, start = self._next_turn()
+        while not self._at_engine and start < inf:
+            loop.run_turn(start)
+            loop, start = self._next_turn()
+        return self._at_engine[0][0] if self._at_engine else inf
+
+    def _next_turn(self) -> tuple[EventLoop, float]:
+        first, start = self._server, self._server.next_turn
+        for client in self._clients:
+            if (turn := client.next_turn) < start:
+                first, start = client, turn
+        return first, start
+
+    # --- requests
+
+    def arrive(self, time: float, index: int, num_tokens: int) -> None:
+        """A request of so many tokens is due then."""
+        costs = self._costs
+        server_turns = TURNS_BEFORE_TOKENS + TURNS_WITH_TOKENS
+        turn_s = costs.frontend_request_s / server_turns
+
+        def begin(now: float) -> None:
+            self.sent[index] = now
+
+        def send(now: float) -> None:
+            _run_turns(self._server, now + costs.frontend_latency_s, TURNS_BEFORE_TOKENS, turn_s, tokenize)
+
+        def tokenize(now: float) -> None:
+            _run_turns(self._server, now + num_tokens * costs.tokenize_token_s, TURNS_WITH_TOKENS, turn_s, hand_over)
+
+        def hand_over(now: float) -> None:
+            self._at_engine.append((now, index))
+
+        client = self._clients[index % len(self._clients)]
+        _run_turns(client, time, CLIENT_TURNS, costs.client_request_s / CLIENT_TURNS, send, begin)
+
+    def take(self, now: float) -> list[int]:
+        """The requests that have come to the engine by now."""
+        taken = []
+        while self._at_engine and self._at_engine[0][0] <= now:
+            taken.append(self._at_engine.popleft()[1])
+        return taken
+
+    # --- tokens
+
+    def tell(self, now: float, num_streams: int, told: Sequence[Told]) -> None:
+        """The engine sends a token for each of so many streams."""
+        self._messages.append((now + self._costs.frontend_latency_s, num_streams, told))
+        if not self._is_draining:
+            self._is_draining = True
+            self._server.add(self._messages[0][0], self._drain)
+
+    def _drain(self, now: float) -> float:
+        num_events = 0
+        told: list[Told] = []
+        for _ in range(MAX_MESSAGES_PER_TURN):
+            if not self._messages or self._messages[0][0] > now:
+                break
+            _, num_streams, more = self._messages.popleft()
+            num_events = max(num_events, num_streams)
+            told += more
+        self._server.add(now, partial(self._write, num_events=num_events, told=told))
+        self._is_draining = bool(self._messages)
+        if self._messages:
+            self._server.add(max(now, self._messages[0][0]), self._drain)
+        return 0.0
+
+    def _write(self, now: float, num_events: int, told: list[Told]) -> float:
+        """An event for each stream, one after the other; the clients read them as they come."""
+        event_s, num_clients = self._costs.frontend_event_s, len(self._clients)
+        for number, client in enumerate(self._clients):
+            ours = [one for one in told if one.request % num_clients == number]
+            client.add(now + event_s, partial(self._read, now, num_events / num_clients, ours))
+        return num_events * event_s
+
+    def _read(self, written: float, num_events: float, told: list[Told], now: float) -> float:
+        event_s, read_s = self._costs.frontend_event_s, self._costs.client_event_s
+        for one in told:
+            self._on_seen(one, max(written + (one.place + 1) * event_s, now + one.place * read_s / len(self._clients)))
+        return num_events * read_s
