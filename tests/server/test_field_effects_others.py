@@ -97,6 +97,8 @@ def test_sampling_of_responses(tiny):
     assert text_of(respond(tiny, stop=greedy[5:8])) == greedy[: greedy.index(greedy[5:8])]
     ended = respond(tiny, logit_bias={str(END): 100}, ignore_eos=False)
     assert ended["usage"]["output_tokens"] == 1 and ended["status"] == "completed"
+    gone_on = respond(tiny, logit_bias={str(END): 100})
+    assert gone_on["usage"]["output_tokens"] == 6 and gone_on["status"] == "incomplete"
     assert blamed(tiny, temperature=-1) == "temperature"
 
 
