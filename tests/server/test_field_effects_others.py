@@ -249,6 +249,7 @@ def test_embeddings_of_every_form(tiny):
     assert several["data"][0]["embedding"] == pytest.approx(text, abs=1e-5)
     assert several["usage"]["prompt_tokens"] == several["usage"]["total_tokens"] > 2 * len(token_ids)
     (raw,) = vectors(input="good words", use_activation=False)
+    assert np.linalg.norm(raw) > 1.5  # of 64 numbers that a norm has brought to 1 each
     assert np.array(raw) / np.linalg.norm(raw) == pytest.approx(np.array(text), abs=1e-4)
     (last,), (mean_of_one,), (last_of_one,) = (
         vectors(input="good words", pooling="last"),
