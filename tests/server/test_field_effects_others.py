@@ -285,6 +285,13 @@ def test_the_inputs_of_embeddings(tiny):
     assert left == pytest.approx(words) and left != pytest.approx(right, abs=1e-3)
     assert count(priority=1, cache_salt="s", user="zaphod-vectors") == whole
     assert post(tiny, EMBEDDINGS, input="a", request_id="mine")["id"] == "embd-mine"
+    salted = [*range(300, 364)]  # what an embedding leaves in the cache is found with its salt only
+    post(tiny, EMBEDDINGS, input=salted, cache_salt="of vectors")
+    found = [
+        post(tiny, "/v1/completions", prompt=salted, max_tokens=1, cache_salt=salt)["usage"]["prompt_tokens_details"]
+        for salt in ("another", "of vectors")
+    ]
+    assert [details["cached_tokens"] for details in found] == [0, 48]
     assert param(tiny, EMBEDDINGS, input="a", priority=9999) == "priority"
     assert "zaphod-vectors" not in "".join(tiny.log)
 
