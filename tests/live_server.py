@@ -41,7 +41,9 @@ TEMPLATE = """{%- if tools %}<|im_start|>tools
 {% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}{{ message.content or '' }}
 {%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"""
+{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}
+{%- if thinks_first %}<think>
+{% endif %}{% endif %}"""
 
 
 @dataclass

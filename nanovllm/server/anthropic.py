@@ -85,6 +85,7 @@ async def create_message(request: Request) -> Response:
     check_service(None, body.service_tier, ("auto", "standard_only"))
     turn = await _begin(server, request, body)
     params = await _params(server, body, turn)
+    turn = turn.before(params)
     token_ids = await server.engine.encode(turn.prompt, False)
     identity = Identity.of(server, request, "msg_")
     writer = Writer(server, identity, turn)

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import RequestError
-from nanovllm.sampling_params import StructuredOutput
+from nanovllm.sampling_params import SamplingParams, StructuredOutput
 from nanovllm.server.errors import BadField
 from nanovllm.server.output_parser import make_output_parser
 from nanovllm.server.parts import Part, Reasoning, Text, ToolCallArguments, ToolCallStart
 from nanovllm.server.prompts import LONG_TEXT, SHORT_MESSAGE, off_loop, plain_messages, plain_tools, render
 from nanovllm.server.protocol import ChatMessage, NamedToolChoice, Template
-from nanovllm.server.reasoning import detect_reasoning, prompt_opens_reasoning
+from nanovllm.server.reasoning import close_reasoning, detect_reasoning, prompt_opens_reasoning
 from nanovllm.server.streaming import Delta
 from nanovllm.server.tool_formats import TOOL_FORMATS, describe_tools, detect_tool_format, tool_choice_constraint
 from nanovllm.tokenizer import Tokenizer
@@ -47,6 +47,12 @@ class Conversation:
     def needs_special_tokens(self) -> bool:
         """The marks of calls are special tokens, so these must stay in the text until it is parsed."""
         return self.tool_format is not None and TOOL_FORMATS[self.tool_format].has_special_marks
+
+    def before(self, params: SamplingParams) -> Conversation:
+        """What the answer to `params` follows. A grammar holds from the first token on, so nothing is thought before it."""
+        if params.structured is None or not self.opens_reasoning:
+            return self
+        return replace(self, prompt=close_reasoning(self.prompt), opens_reasoning=False)
 
 
 class TurnReader:

@@ -20,6 +20,11 @@ def prompt_opens_reasoning(prompt: str) -> bool:
     return prompt.rstrip().endswith(OPEN)
 
 
+def close_reasoning(prompt: str) -> str:
+    """The prompt with the `<think>` at its end closed, as Qwen3's own template does for answers without reasoning."""
+    return f"{prompt.rstrip()}\n\n{CLOSE}\n\n"
+
+
 class ReasoningSplitter:
     """`push` and `finish` return what became known, as (is_reasoning, text)."""
 

@@ -549,6 +549,21 @@ def test_reasoning_is_split_off(tiny):
     assert "".join(delta.get("content", "") for delta in deltas) == "Yes"
 
 
+def test_under_a_grammar_a_think_that_the_template_has_opened_is_closed(tiny):
+    """Or the whole answer would count as reasoning."""
+    opened = {"chat_template_kwargs": {"thinks_first": True}, "ignore_eos": False, "max_tokens": 60}
+    assert prompt_text(tiny, **opened).endswith("assistant\n<think>\n")
+    assert choice(tiny, CHAT, **opened)["message"]["reasoning"]
+    assert prompt_text(tiny, **opened, guided_choice=["yes"]).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert choice(tiny, CHAT, **opened, guided_choice=["yes"])["message"] == {"role": "assistant", "content": "yes"}
+    events = post(tiny, CHAT, **opened, guided_choice=["yes"], stream=True).events
+    assert gathered(events)[0] == "yes"
+    (call,) = choice(tiny, CHAT, **opened, tools=[TOOL], tool_choice="required", parallel_tool_calls=False)["message"][
+        "tool_calls"
+    ]
+    assert json.loads(call["function"]["arguments"]) == {"n": 7}
+
+
 @pytest.mark.honours(CHAT, "metadata store service_tier modalities")
 def test_fields_of_a_service(tiny):
     reply = answer(tiny, CHAT, metadata={"a": "b"}, store=False, service_tier="auto", modalities=["text"])

@@ -97,6 +97,8 @@ def test_sampling_of_responses(tiny):
     assert text_of(respond(tiny, stop=greedy[5:8])) == greedy[: greedy.index(greedy[5:8])]
     ended = respond(tiny, logit_bias={str(END): 100}, ignore_eos=False)
     assert ended["usage"]["output_tokens"] == 1 and ended["status"] == "completed"
+    gone_on = respond(tiny, logit_bias={str(END): 100})
+    assert gone_on["usage"]["output_tokens"] == 6 and gone_on["status"] == "incomplete"
     assert blamed(tiny, temperature=-1) == "temperature"
 
 
@@ -247,6 +249,7 @@ def test_embeddings_of_every_form(tiny):
     assert several["data"][0]["embedding"] == pytest.approx(text, abs=1e-5)
     assert several["usage"]["prompt_tokens"] == several["usage"]["total_tokens"] > 2 * len(token_ids)
     (raw,) = vectors(input="good words", use_activation=False)
+    assert np.linalg.norm(raw) > 1.5  # of 64 numbers that a norm has brought to 1 each
     assert np.array(raw) / np.linalg.norm(raw) == pytest.approx(np.array(text), abs=1e-4)
     (last,), (mean_of_one,), (last_of_one,) = (
         vectors(input="good words", pooling="last"),
@@ -282,6 +285,13 @@ def test_the_inputs_of_embeddings(tiny):
     assert left == pytest.approx(words) and left != pytest.approx(right, abs=1e-3)
     assert count(priority=1, cache_salt="s", user="zaphod-vectors") == whole
     assert post(tiny, EMBEDDINGS, input="a", request_id="mine")["id"] == "embd-mine"
+    salted = [*range(300, 364)]  # what an embedding leaves in the cache is found with its salt only
+    post(tiny, EMBEDDINGS, input=salted, cache_salt="of vectors")
+    found = [
+        post(tiny, "/v1/completions", prompt=salted, max_tokens=1, cache_salt=salt)["usage"]["prompt_tokens_details"]
+        for salt in ("another", "of vectors")
+    ]
+    assert [details["cached_tokens"] for details in found] == [0, 48]
     assert param(tiny, EMBEDDINGS, input="a", priority=9999) == "priority"
     assert "zaphod-vectors" not in "".join(tiny.log)
 
