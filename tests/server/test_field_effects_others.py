@@ -326,10 +326,14 @@ def test_blocks_go_in_as_messages(tiny):
     assert post(tiny, COUNT, messages=turns, system=system, model="tiny-qwen")["input_tokens"] == expected
     usage = message(tiny, messages=turns, system="Be short.")["usage"]
     assert usage["input_tokens"] + usage["cache_read_input_tokens"] == expected and usage["output_tokens"] == 5
-    tools = {"tools": [TOOL], "tool_choice": {"type": "any"}}
-    assert post(tiny, COUNT, messages=turns, **tools)["input_tokens"] > expected
-    without = {"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}
-    assert post(tiny, COUNT, messages=turns, **without)["input_tokens"] != post(tiny, COUNT, messages=turns)["input_tokens"]
+
+    def count(**fields):
+        return post(tiny, COUNT, messages=turns, **fields)["input_tokens"]
+
+    assert count(tools=[TOOL], tool_choice={"type": "any"}) > count()
+    assert count(tools=[TOOL], tool_choice={"type": "none"}) == count()
+    assert count(thinking={"type": "disabled"}) > count() < count(output_config={"effort": "high"})
+    assert tiny.post(COUNT, {"messages": turns, "model": "claude"}).status == 404
     prefilled = [*ASK["messages"], {"role": "assistant", "content": "Well"}]
     assert (
         post(tiny, COUNT, messages=prefilled)["input_tokens"] < post(tiny, COUNT, messages=[*prefilled, *turns])["input_tokens"]
@@ -426,4 +430,5 @@ def test_tokens_there_and_back(tiny):
         assert param(tiny, "/tokenize", **wrong) in ("prompt", "tools", "messages")
     for tokens in ([-1], [10**6], ["a"], [True]):
         assert tiny.post("/detokenize", {"tokens": tokens}).status == 400
-    assert tiny.post("/tokenize", {"prompt": "a", "model": "gpt-4"}).status == 404
+    for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+        assert tiny.post(path, {**body, "model": "gpt-4"}).status == 404
