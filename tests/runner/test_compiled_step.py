@@ -7,7 +7,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -45,6 +45,7 @@ TOYS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 80, "num_key_value_heads": 1, "hidden_size": 50},  # all share one; sizes that need padding
 }
 PROMPTS = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 3, 9, 17, 33, 70)]
+LONG = 2100  # tokens, three segments of keys
 TIES = 0.01  # relative error that activations rounded to another side may cause
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
 
@@ -75,7 +76,7 @@ def compiled(
     assert library is not None
     model = CompiledDecoder(spec, compute, dtype, library, threads)
     load_weights(model, source)
-    model.finish_loading(CPU, 512)
+    model.finish_loading(CPU, LONG)
     return model
 
 
@@ -83,7 +84,7 @@ def torch_twin(model: CompiledDecoder, family: str) -> Any:
     spec, source = toy_source(family)
     twin = find_family(spec.architecture)(spec, ParallelGroup(), torch.float32)
     load_weights(twin, AsPacked(source, model))  # type: ignore[arg-type]
-    twin.finish_loading(CPU, 512)
+    twin.finish_loading(CPU, LONG)
     kind = Kind.BFLOAT16 if model.compute == "bf16" else Kind.INT8_GROUP
     for module in twin.modules():
         if isinstance(module, Linear | OutputHead):
@@ -176,6 +177,37 @@ def test_states_are_the_same_bits_for_any_chunks_neighbours_and_threads(family, 
     whole = states(70)
     assert torch.equal(whole, states(1, 3, 29, 37, threads=3))
     assert torch.equal(whole, states(64, 5, 1, neighbour=True))
+
+
+class TestALongRow:
+    """Its keys are seen in segments, which threads share when it decodes."""
+
+    token_ids = torch.randint(0, 97, (LONG,), generator=torch.Generator().manual_seed(1)).tolist()
+    sizes: ClassVar = {"block_size": 16, "num_blocks": 160, "max_model_len": LONG}
+
+    def logits(self, driver: Driver, *lengths: int, neighbour: bool = False) -> Tensor:
+        driver.seat(0, self.token_ids, range(5, 5 + -(-LONG // 16)))
+        if neighbour:
+            driver.seat(1, PROMPTS[3], [150, 149])
+        start, parts = 0, []
+        for length in lengths:
+            parts.append(driver.step(*([(1, 0, 17)] if neighbour else []), (0, start, length))[-1])
+            start += length
+        return torch.cat(parts)
+
+    @pytest.mark.parametrize("family", TOYS)
+    def test_is_the_same_bits_alone_shared_and_in_a_chunk(self, family):
+        whole = self.logits(CompiledDriver(compiled(family, "bf16", HERE[0]), **self.sizes), LONG)
+        lengths = [1019, *[1] * 12, 1012, *[1] * 12, LONG - 2055]
+        for threads, neighbour in ((1, True), (3, False)):
+            driver = CompiledDriver(compiled(family, "bf16", HERE[0], threads=threads), **self.sizes)
+            assert torch.equal(whole, self.logits(driver, *lengths, neighbour=neighbour))
+
+    def test_attends_as_the_torch_model_does(self):
+        model = compiled("qwen2", "bf16", HERE[0])
+        ours = self.logits(CompiledDriver(model, **self.sizes), LONG - 1, 1)
+        theirs = self.logits(Driver(torch_twin(model, "qwen2"), **self.sizes), LONG)
+        assert (ours - theirs).norm() / theirs.norm() < TIES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -26,7 +26,7 @@ from nanovllm.platforms.cpu import cpu_flags
 
 SOURCE = Path(__file__).with_name("step.cpp")
 COMPILERS = ("g++", "clang++", "c++")
-COMMON_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+COMMON_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 # Best first; each needs these features of the processor, and the compiler's flags for them.
 AVX512_FEATURES = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")

@@ -10,15 +10,15 @@
 //   H query heads            K key/value heads        G = H / K query heads that share one      D head size
 //   out x in: a matrix. Output channels are padded to whole blocks of 16, inputs to whole groups of 32, with zeros.
 
+// Every header is parsed at the first start of an engine: std::thread and std::vector alone would take a quarter of a second.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <limits>
+#include <pthread.h>
 #include <sched.h>
-#include <thread>
-#include <vector>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #define USE_AVX512 1
@@ -37,7 +37,7 @@ constexpr int QUAD = 4;          // neighbouring inputs that one integer instruc
 constexpr int PAIR = 2;          // the same for bfloat16
 constexpr int GROUP = 32;        // inputs that share a scale in the integer formats
 constexpr int TILE_ROWS = 8;     // rows of activations that lie side by side
-constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+constexpr float LOWEST = -INFINITY;
 
 // ------------------------------------------------------------------ 1. registers
 //
@@ -402,40 +402,99 @@ inline Floats exponential(Floats x) {
     return p * power_of_two(n);
 }
 
+inline float exponential(float x) {
+    float result[LANES];
+    store(result, exponential(broadcast(x)));
+    return result[0];
+}
+
 inline Floats silu(Floats x) { return x / (broadcast(1.0f) + exponential(broadcast(0.0f) - x)); }
 
-// ------------------------------------------------------------------ 2. threads
+// ------------------------------------------------------------------ 2. memory and threads
+
+/// An array that only grows. What is in it is lost when it does.
+template <typename Value>
+class Buffer {
+  public:
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    ~Buffer() { std::free(values_); }
+
+    Value* data() { return values_; }
+    const Value* data() const { return values_; }
+    Value& operator[](size_t i) { return values_[i]; }
+    const Value& operator[](size_t i) const { return values_[i]; }
+
+    void make_room(size_t size) {
+        if (size <= size_) return;
+        std::free(values_);
+        values_ = static_cast<Value*>(std::aligned_alloc(LINE, (size * sizeof(Value) + LINE - 1) / LINE * LINE));
+        if (values_ == nullptr) std::abort();  // nothing of a step could go on
+        size_ = size;
+    }
+
+  private:
+    static constexpr size_t LINE = 64;  // of the cache, in bytes
+    Value* values_ = nullptr;
+    size_t size_ = 0;
+};
+
+/// A list of plain values.
+template <typename Item>
+struct List {
+    Item* items = nullptr;
+    int size = 0, capacity = 0;
+
+    List() = default;
+    List(const List&) = delete;
+    ~List() { std::free(items); }
+    Item* begin() const { return items; }
+    Item* end() const { return items + size; }
+
+    void add(const Item& item) {
+        if (size == capacity) {
+            capacity = 2 * capacity + 16;
+            items = static_cast<Item*>(std::realloc(items, capacity * sizeof(Item)));
+            if (items == nullptr) std::abort();
+        }
+        items[size++] = item;
+    }
+};
 
 /// Runs numbered tasks on the caller's thread and the workers. A task goes to whoever comes first, and the caller waits for
 /// tasks, not for threads: a worker that the system has put aside delays nobody unless it holds a task.
 class ThreadPool {
   public:
     explicit ThreadPool(int num_threads) {
-        for (int i = 1; i < num_threads; i++) workers_.emplace_back([this] { work(); });
+        workers_.make_room(num_threads);
+        while (num_workers_ < num_threads - 1 && pthread_create(&workers_[num_workers_], nullptr, work_in, this) == 0) num_workers_++;
     }
 
     ~ThreadPool() {
         is_closing_.store(true);
         publish(0);
-        for (std::thread& worker : workers_) worker.join();
+        for (int i = 0; i < num_workers_; i++) pthread_join(workers_[i], nullptr);
+        pthread_cond_destroy(&is_published_);
+        pthread_mutex_destroy(&mutex_);
     }
 
-    int num_threads() const { return int(workers_.size()) + 1; }
+    int num_threads() const { return num_workers_ + 1; }
 
     /// task: called with 0 to num_tasks - 1.
     template <typename Task>
     void run(int num_tasks, const Task& task) {
-        if (workers_.empty() || num_tasks <= 1)
-            for (int i = 0; i < num_tasks; i++) task(i);
-        else
-            share(num_tasks, &task, [](const void* one, int i) { (*static_cast<const Task*>(one))(i); });
+        share(num_tasks, &task, [](const void* one, int i) { (*static_cast<const Task*>(one))(i); });
     }
 
   private:
     static constexpr int SPINS = 2000;   // some 20 to 50 microseconds
     static constexpr int YIELDS = 50;    // then the core is offered to others, then the thread sleeps
 
-    void share(int num_tasks, const void* task, void (*call)(const void*, int)) {
+    [[gnu::noinline]] void share(int num_tasks, const void* task, void (*call)(const void*, int)) {
+        if (num_workers_ == 0 || num_tasks <= 1) {
+            for (int i = 0; i < num_tasks; i++) call(task, i);
+            return;
+        }
         task_ = task;
         call_ = call;
         num_done_.store(0, std::memory_order_relaxed);
@@ -450,8 +509,21 @@ class ThreadPool {
     // does not replace `task_` before every claimed task is done.
     void publish(int num_tasks) {
         uint64_t generation = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
-        ticket_.store(generation << 32 | uint64_t(num_tasks) << 16, std::memory_order_release);
-        ticket_.notify_all();
+        ticket_.store(generation << 32 | uint64_t(num_tasks) << 16);
+        if (num_sleeping_.load() == 0) return;
+        pthread_mutex_lock(&mutex_);
+        pthread_cond_broadcast(&is_published_);
+        pthread_mutex_unlock(&mutex_);
+    }
+
+    /// Until another ticket than this is published. Either `publish` sees this thread among the sleeping, or this thread sees
+    /// the new ticket: both first write, then read, in one order for all (the default of std::atomic).
+    void sleep(uint64_t ticket) {
+        pthread_mutex_lock(&mutex_);
+        num_sleeping_.fetch_add(1);
+        while (ticket_.load() == ticket) pthread_cond_wait(&is_published_, &mutex_);
+        num_sleeping_.fetch_sub(1);
+        pthread_mutex_unlock(&mutex_);
     }
 
     static bool has_task(uint64_t ticket) { return (ticket & 0xffff) < (ticket >> 16 & 0xffff); }
@@ -468,6 +540,11 @@ class ThreadPool {
         return false;
     }
 
+    static void* work_in(void* pool) {
+        static_cast<ThreadPool*>(pool)->work();
+        return nullptr;
+    }
+
     void work() {
         int turn = 0;
         while (!is_closing_.load(std::memory_order_relaxed)) {
@@ -477,8 +554,8 @@ class ThreadPool {
                 turn = 0;
             } else if (turn < SPINS + YIELDS) {
                 wait_a_moment(turn++);
-            } else if (!is_closing_.load()) {
-                ticket_.wait(ticket);  // a futex
+            } else {
+                sleep(ticket);
                 turn = 0;
             }
         }
@@ -491,7 +568,11 @@ class ThreadPool {
             sched_yield();
     }
 
-    std::vector<std::thread> workers_;
+    Buffer<pthread_t> workers_;
+    int num_workers_ = 0;
+    pthread_mutex_t mutex_ = PTHREAD_MUTEX_INITIALIZER;
+    pthread_cond_t is_published_ = PTHREAD_COND_INITIALIZER;
+    std::atomic<int> num_sleeping_{0};
     const void* task_ = nullptr;
     void (*call_)(const void*, int) = nullptr;
     alignas(64) std::atomic<uint64_t> ticket_{0};
@@ -555,11 +636,11 @@ struct Step {
 struct Activations {
     int padded_in = 0;
     bool wants_pairs = false, wants_integers = false;
-    std::vector<float> floats;      // [M, padded_in], always filled first
-    std::vector<PairInput> pairs;   // rounded to bfloat16
-    std::vector<int8_t> integers;   // value = scale * integer
-    std::vector<float> scales, weighted_sums;  // weighted: scale * sum of the integers, for formats with a minimum
-    std::vector<int32_t> minus_128_sums;
+    Buffer<float> floats;      // [M, padded_in], always filled first
+    Buffer<PairInput> pairs;   // rounded to bfloat16
+    Buffer<int8_t> integers;   // value = scale * integer
+    Buffer<float> scales, weighted_sums;  // weighted: scale * sum of the integers, for formats with a minimum
+    Buffer<int32_t> minus_128_sums;
 
     void prepare_for(std::initializer_list<const Matrix*> matrices, int num_rows) {
         wants_pairs = wants_integers = false;
@@ -568,13 +649,13 @@ struct Activations {
             (matrix->kind == BFLOAT16 ? wants_pairs : wants_integers) = true;
         }
         size_t num_groups = size_t(num_rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * (padded_in / GROUP);
-        grow(floats, num_groups * GROUP);
-        if (wants_pairs) grow(pairs, num_groups * GROUP);
+        floats.make_room(num_groups * GROUP);
+        if (wants_pairs) pairs.make_room(num_groups * GROUP);
         if (!wants_integers) return;
-        grow(integers, num_groups * GROUP);
-        grow(scales, num_groups);
-        grow(weighted_sums, num_groups);
-        grow(minus_128_sums, num_groups);
+        integers.make_room(num_groups * GROUP);
+        scales.make_room(num_groups);
+        weighted_sums.make_room(num_groups);
+        minus_128_sums.make_room(num_groups);
     }
 
     float* row(int m) { return floats.data() + size_t(m) * padded_in; }
@@ -597,11 +678,6 @@ struct Activations {
     }
 
   private:
-    template <typename Value>
-    static void grow(std::vector<Value>& values, size_t size) {
-        if (values.size() < size) values.resize(size);
-    }
-
     static Floats to_integers(Floats x, float inverse) {
         return nearest_whole(smaller(larger(x * broadcast(inverse), broadcast(-127.0f)), broadcast(127.0f)));
     }
@@ -725,28 +801,52 @@ void multiply_block(const Matrix& w, int block, const Activations& x, int first_
 }
 
 // ------------------------------------------------------------------ 6. attention
+//
+// Keys are seen in segments of a fixed length, each from scratch, and segments are put together in their order. So threads
+// may share one long row, and its result is the same bits whether they do or not.
+
+constexpr int TILE_TOKENS = 8;
+constexpr int TILE_KEYS = 2 * LANES;
+constexpr int SEGMENT_KEYS = 32 * TILE_KEYS;
 
 /// Consecutive tokens of one chunk. A row attends to the keys [0, first_position + its place in the tile].
 struct QueryTile {
     int first_token, num_tokens, first_position, first_out;  // first_out: line of the result
     const int32_t* block_table;
+    int first_piece = 0;  // its place among the pieces of work of all tiles
+
+    int num_keys() const { return first_position + num_tokens; }
+    int num_segments() const { return (num_keys() + SEGMENT_KEYS - 1) / SEGMENT_KEYS; }
+    bool is_shared() const { return num_tokens == 1 && num_segments() > 1; }  // by threads; many tokens are tiles enough
+    int num_pieces() const { return is_shared() ? num_segments() : 1; }       // for each KV head
 };
 
-constexpr int TILE_TOKENS = 8;
-constexpr int TILE_KEYS = 2 * LANES;
+/// What a row has seen of its keys: `mixed` = sum of exp(score - peak) * value, `total` = sum of exp(score - peak).
+struct Seen {
+    float *mixed, *peaks, *totals;  // [rows][D], [rows], [rows]
 
-/// Scratch of one (tile, KV head): keys and values as floats, and per row the running softmax.
-struct AttentionScratch {
-    std::vector<float> keys, values;  // [D][TILE_KEYS], [TILE_KEYS][D]
-    std::vector<float> mixed, peaks, totals;
+    static size_t size(int num_rows, int head_dim) { return size_t(num_rows) * (head_dim + 2); }
 
-    void reset(int num_rows, int head_dim) {
-        keys.resize(size_t(TILE_KEYS) * head_dim);
-        values.resize(size_t(TILE_KEYS) * head_dim);
-        mixed.assign(size_t(num_rows) * head_dim, 0.0f);
-        peaks.assign(num_rows, LOWEST);
-        totals.assign(num_rows, 0.0f);
+    Seen(float* memory, int num_rows, int head_dim)
+        : mixed(memory), peaks(memory + size_t(num_rows) * head_dim), totals(peaks + num_rows) {}
+
+    void reset(int num_rows, int head_dim) const {
+        std::fill_n(mixed, size_t(num_rows) * head_dim, 0.0f);
+        std::fill_n(peaks, num_rows, LOWEST);
+        std::fill_n(totals, num_rows, 0.0f);
     }
+};
+
+/// One task of attention.
+struct Piece {
+    const QueryTile* tile;
+    int kv_head, segment;  // segment: of a shared tile, else 0
+};
+
+/// Memory of one thread: keys and values as floats, and what the rows of a tile have seen.
+struct AttentionScratch {
+    Buffer<float> keys, values;        // [D][TILE_KEYS], [TILE_KEYS][D]
+    Buffer<float> of_segment, of_all;  // `Seen`
 };
 
 /// scores[j] = query . keys[.][j]; those from `num_keys` on become minus infinity. Even and odd dimensions are summed apart,
@@ -775,19 +875,31 @@ inline void mix_values(const float* weights, const float* values, int head_dim, 
 }
 
 /// One row sees `num_keys` more keys: softmax over all so far, without having kept the earlier scores (online softmax).
-void attend_keys(const float* query, AttentionScratch& scratch, int row, int head_dim, int num_keys) {
-    float scores[TILE_KEYS], decays[LANES];
+void attend_keys(const float* query, const AttentionScratch& scratch, const Seen& seen, int row, int head_dim, int num_keys) {
+    float scores[TILE_KEYS];
     score_keys(query, scratch.keys.data(), head_dim, num_keys, scores);
-    float peak = std::max(scratch.peaks[row], largest(larger(load(scores), load(scores + LANES))));
-    store(decays, exponential(broadcast(scratch.peaks[row] - peak)));
+    float peak = std::max(seen.peaks[row], largest(larger(load(scores), load(scores + LANES))));
+    float decay = exponential(seen.peaks[row] - peak);
     for (int j = 0; j < TILE_KEYS; j += LANES) store(scores + j, exponential(load(scores + j) - broadcast(peak)));
     std::fill(scores + num_keys, scores + TILE_KEYS, 0.0f);
-    scratch.totals[row] = scratch.totals[row] * decays[0] + sum(load(scores) + load(scores + LANES));
-    scratch.peaks[row] = peak;
-    float *mixed = scratch.mixed.data() + size_t(row) * head_dim, *values = scratch.values.data();
+    seen.totals[row] = seen.totals[row] * decay + sum(load(scores) + load(scores + LANES));
+    seen.peaks[row] = peak;
+    float* mixed = seen.mixed + size_t(row) * head_dim;
+    const float* values = scratch.values.data();
     int d = 0;
-    for (; d + 4 * LANES <= head_dim; d += 4 * LANES) mix_values<4>(scores, values + d, head_dim, num_keys, decays[0], mixed + d);
-    for (; d < head_dim; d += LANES) mix_values<1>(scores, values + d, head_dim, num_keys, decays[0], mixed + d);
+    for (; d + 4 * LANES <= head_dim; d += 4 * LANES) mix_values<4>(scores, values + d, head_dim, num_keys, decay, mixed + d);
+    for (; d < head_dim; d += LANES) mix_values<1>(scores, values + d, head_dim, num_keys, decay, mixed + d);
+}
+
+/// A row that has seen `all` has now seen `more` too.
+void put_together(const Seen& all, const Seen& more, int row, int head_dim) {
+    float peak = std::max(all.peaks[row], more.peaks[row]);
+    float of_all = exponential(all.peaks[row] - peak), of_more = exponential(more.peaks[row] - peak);
+    float *to = all.mixed + size_t(row) * head_dim, *from = more.mixed + size_t(row) * head_dim;
+    for (int d = 0; d < head_dim; d += LANES)
+        store(to + d, fma(load(to + d), broadcast(of_all), load(from + d) * broadcast(of_more)));
+    all.totals[row] = all.totals[row] * of_all + more.totals[row] * of_more;
+    all.peaks[row] = peak;
 }
 
 /// One layer's keys and values, bfloat16 or float32. A block holds its keys with the positions side by side.
@@ -853,29 +965,68 @@ struct Cache {
     }
 };
 
-/// qkv: [N, (H + 2K) D], queries turned and scaled; out: lines of H D, padded_out apart.
-void attend_tile(const Cache& cache, const QueryTile& tile, int kv_head, const float* qkv, Activations& out) {
-    thread_local AttentionScratch of_this_thread;
-    AttentionScratch& scratch = of_this_thread;
-    const Model& model = cache.model;
-    int D = model.head_dim, group = model.num_heads / model.num_kv_heads, qkv_size = (model.num_heads + 2 * model.num_kv_heads) * D;
-    scratch.reset(tile.num_tokens * group, D);
-    int end = tile.first_position + tile.num_tokens;
-    for (int first_key = 0; first_key < end; first_key += TILE_KEYS) {
-        int num_loaded = std::min(TILE_KEYS, end - first_key);
-        cache.read(tile.block_table, kv_head, first_key, num_loaded, scratch.keys.data(), scratch.values.data());
-        for (int t = 0; t < tile.num_tokens; t++) {
-            int num_keys = std::min(num_loaded, tile.first_position + t + 1 - first_key);
-            if (num_keys <= 0) continue;
-            const float* query = qkv + size_t(tile.first_token + t) * qkv_size + size_t(kv_head) * group * D;
-            for (int g = 0; g < group; g++) attend_keys(query + size_t(g) * D, scratch, t * group + g, D, num_keys);
+/// A tile and a KV head: whose queries see which keys. Its rows are [num_tokens][group].
+struct Attending {
+    const Cache& cache;
+    const QueryTile& tile;
+    int kv_head;
+    const float* qkv;  // [N, (H + 2K) D], queries turned and scaled
+    int head_dim = cache.model.head_dim, group = cache.model.num_heads / cache.model.num_kv_heads;
+    int num_rows = tile.num_tokens * group;
+
+    const float* queries(int t) const {
+        int num_heads = cache.model.num_heads + 2 * cache.model.num_kv_heads;
+        return qkv + (size_t(tile.first_token + t) * num_heads + kv_head * group) * head_dim;
+    }
+
+    /// How many of the keys from `first` on a token sees.
+    int num_seen(int t, int first) const { return tile.first_position + t + 1 - first; }
+
+    void see_segment(int segment, AttentionScratch& scratch, const Seen& seen) const {
+        int end = std::min(tile.num_keys(), (segment + 1) * SEGMENT_KEYS);
+        scratch.keys.make_room(size_t(TILE_KEYS) * head_dim);
+        scratch.values.make_room(size_t(TILE_KEYS) * head_dim);
+        seen.reset(num_rows, head_dim);
+        for (int first = segment * SEGMENT_KEYS; first < end; first += TILE_KEYS) {
+            int num_loaded = std::min(TILE_KEYS, end - first);
+            cache.read(tile.block_table, kv_head, first, num_loaded, scratch.keys.data(), scratch.values.data());
+            for (int t = 0; t < tile.num_tokens; t++) {
+                int num_keys = std::min(num_loaded, num_seen(t, first));
+                if (num_keys <= 0) continue;
+                for (int g = 0; g < group; g++)
+                    attend_keys(queries(t) + size_t(g) * head_dim, scratch, seen, t * group + g, head_dim, num_keys);
+            }
         }
     }
-    for (int row = 0; row < tile.num_tokens * group; row++) {
-        float* line = out.row(tile.first_out + row / group) + (size_t(kv_head) * group + row % group) * D;
-        Floats inverse = broadcast(1.0f / scratch.totals[row]);
-        for (int d = 0; d < D; d += LANES) store(line + d, load(scratch.mixed.data() + size_t(row) * D + d) * inverse);
+
+    /// All segments, one after another.
+    Seen see_all(AttentionScratch& scratch) const {
+        size_t size = Seen::size(num_rows, head_dim);
+        scratch.of_segment.make_room(size);
+        scratch.of_all.make_room(size);
+        Seen all(scratch.of_all.data(), num_rows, head_dim), one(scratch.of_segment.data(), num_rows, head_dim);
+        see_segment(0, scratch, all);
+        for (int segment = 1; segment < tile.num_segments(); segment++) {
+            see_segment(segment, scratch, one);
+            for (int row = 0; row < num_rows; row++)
+                if (num_seen(row / group, segment * SEGMENT_KEYS) > 0) put_together(all, one, row, head_dim);
+        }
+        return all;
     }
+
+    /// out: lines of H D.
+    void write(const Seen& all, Activations& out) const {
+        for (int row = 0; row < num_rows; row++) {
+            float* line = out.row(tile.first_out + row / group) + (size_t(kv_head) * group + row % group) * head_dim;
+            Floats inverse = broadcast(1.0f / all.totals[row]);
+            for (int d = 0; d < head_dim; d += LANES) store(line + d, load(all.mixed + size_t(row) * head_dim + d) * inverse);
+        }
+    }
+};
+
+AttentionScratch& scratch_of_this_thread() {
+    thread_local AttentionScratch scratch;
+    return scratch;
 }
 
 // ------------------------------------------------------------------ 7. rows: norms, rotary, embedding
@@ -939,7 +1090,7 @@ class Decoder {
     void forward(const Step& step) {
         int num_tokens = step.num_tokens, h = model_.hidden_size;
         make_query_tiles(step);
-        residual_.resize(std::max(residual_.size(), size_t(num_tokens) * h));
+        residual_.make_room(size_t(num_tokens) * h);
         each_row(num_tokens, [&](int m) { unpack_row(model_.embedding, step.token_ids[m], residual(m)); });
         for (int i = 0; i < model_.num_layers; i++) {
             const Layer& layer = model_.layers[i];
@@ -979,12 +1130,17 @@ class Decoder {
     float* residual(int m) { return residual_.data() + size_t(m) * model_.hidden_size; }
     int qkv_size() const { return (model_.num_heads + 2 * model_.num_kv_heads) * model_.head_dim; }
 
+    template <typename Item>
+    void each_item(int num_items, const Item& item, int per_task = 1) {
+        per_task = std::max(per_task, (num_items + MAX_TASKS - 1) / MAX_TASKS);
+        pool_.run((num_items + per_task - 1) / per_task, [&](int task) {
+            for (int i = task * per_task; i < std::min(num_items, (task + 1) * per_task); i++) item(i);
+        });
+    }
+
     template <typename Row>
     void each_row(int num_rows, const Row& row) {
-        int per_task = std::max(ROWS_PER_TASK, (num_rows + MAX_TASKS - 1) / MAX_TASKS);
-        pool_.run((num_rows + per_task - 1) / per_task, [&](int task) {
-            for (int m = task * per_task; m < std::min(num_rows, (task + 1) * per_task); m++) row(m);
-        });
+        each_item(num_rows, row, ROWS_PER_TASK);
     }
 
     /// Several matrices of the same input, as if they were one above the other. finish: (which matrix, row, block, sums).
@@ -1036,21 +1192,19 @@ class Decoder {
     }
 
     void make_query_tiles(const Step& step) {
-        tiles_.clear();
-        needed_tiles_.clear();
-        std::vector<QueryTile> token_tiles;  // of one token each
+        tiles_.size = needed_tiles_.size = token_tiles_.size = 0;
         int token = 0;
         for (int chunk = 0; chunk < step.num_chunks; chunk++) {
             const int32_t* table = step.block_tables + size_t(step.rows[chunk]) * step.max_blocks;
             int start = step.starts[chunk], length = step.lengths[chunk];
             for (int i = 0; i < length; i += TILE_TOKENS)
-                tiles_.push_back({token + i, std::min(TILE_TOKENS, length - i), start + i, token + i, table});
-            for (int i = 0; i < length; i++) token_tiles.push_back({token + i, 1, start + i, 0, table});
+                tiles_.add({token + i, std::min(TILE_TOKENS, length - i), start + i, token + i, table});
+            for (int i = 0; i < length; i++) token_tiles_.add({token + i, 1, start + i, 0, table});
             token += length;
         }
         for (int i = 0; i < step.num_needed; i++) {
-            needed_tiles_.push_back(token_tiles[step.needed[i]]);
-            needed_tiles_.back().first_out = i;
+            needed_tiles_.add(token_tiles_.items[step.needed[i]]);
+            needed_tiles_.items[i].first_out = i;
         }
     }
 
@@ -1062,7 +1216,7 @@ class Decoder {
             rms_norm(residual(m), layer.input_norm, h, model_.norm_eps, activations_.row(m));
             activations_.finish_row(m, h);
         });
-        qkv_.resize(std::max(qkv_.size(), size_t(num_tokens) * qkv_size()));
+        qkv_.make_room(size_t(num_tokens) * qkv_size());
         const int firsts[] = {0, num_heads * D, (num_heads + model_.num_kv_heads) * D};
         multiply({&layer.query, &layer.key, &layer.value}, activations_, num_tokens,
                  [&](int which, int m, int block, Floats sums) {
@@ -1093,26 +1247,56 @@ class Decoder {
 
     /// From here on only these tokens matter: the last layer's keys and values are written.
     void keep_needed_rows(const Step& step) {
-        std::vector<float> kept(size_t(step.num_needed) * model_.hidden_size);
-        for (int i = 0; i < step.num_needed; i++)
-            std::copy_n(residual(int(step.needed[i])), model_.hidden_size, kept.data() + size_t(i) * model_.hidden_size);
-        std::copy(kept.begin(), kept.end(), residual_.begin());
+        size_t h = model_.hidden_size;
+        kept_.make_room(step.num_needed * h);
+        for (int i = 0; i < step.num_needed; i++) std::copy_n(residual(int(step.needed[i])), h, kept_.data() + i * h);
+        std::copy_n(kept_.data(), step.num_needed * h, residual_.data());
     }
 
     /// Attention and its output projection, added to the residual.
-    void attend(const Layer& layer, const std::vector<QueryTile>& tiles, int num_rows) {
+    void attend(const Layer& layer, const List<QueryTile>& tiles, int num_rows) {
         activations_.prepare_for({&layer.output}, num_rows);
-        int num_items = int(tiles.size()) * model_.num_kv_heads, per_task = (num_items + MAX_TASKS - 1) / MAX_TASKS;
-        pool_.run((num_items + per_task - 1) / per_task, [&](int task) {
-            for (int item = task * per_task; item < std::min(num_items, (task + 1) * per_task); item++) {
-                const QueryTile& tile = tiles[item / model_.num_kv_heads];
-                attend_tile({model_, layer.kv_cache}, tile, item % model_.num_kv_heads, qkv_.data(), activations_);
-            }
-        });
+        see_keys({model_, layer.kv_cache}, tiles);
         each_row(num_rows, [&](int m) { activations_.finish_row(m, model_.num_heads * model_.head_dim); });
         multiply({&layer.output}, activations_, num_rows, [&](int, int m, int block, Floats sums) {
             add_channels(residual(m), layer.output_bias, block, model_.hidden_size, sums);
         });
+    }
+
+    /// A piece of work is a tile and a KV head; or a segment of that where threads share a tile, put together afterwards.
+    void see_keys(const Cache& cache, const List<QueryTile>& tiles) {
+        int num_kv_heads = model_.num_kv_heads, group = model_.num_heads / num_kv_heads;
+        make_pieces(tiles);
+        bool has_shared = pieces_.size > tiles.size * num_kv_heads;
+        size_t seen_size = Seen::size(group, model_.head_dim);
+        if (has_shared) seen_.make_room(seen_size * pieces_.size);
+        auto seen_by = [&](int piece) { return Seen(seen_.data() + seen_size * piece, group, model_.head_dim); };
+        each_item(pieces_.size, [&](int i) {
+            const Piece& piece = pieces_.items[i];
+            Attending one{cache, *piece.tile, piece.kv_head, qkv_.data()};
+            if (piece.tile->is_shared())
+                one.see_segment(piece.segment, scratch_of_this_thread(), seen_by(i));
+            else
+                one.write(one.see_all(scratch_of_this_thread()), activations_);
+        });
+        if (!has_shared) return;
+        each_item(tiles.size * num_kv_heads, [&](int item) {
+            const QueryTile& tile = tiles.items[item / num_kv_heads];
+            if (!tile.is_shared()) return;
+            int kv_head = item % num_kv_heads, first = tile.first_piece + kv_head * tile.num_segments();
+            for (int i = 1; i < tile.num_segments(); i++)
+                for (int row = 0; row < group; row++) put_together(seen_by(first), seen_by(first + i), row, model_.head_dim);
+            Attending{cache, tile, kv_head, qkv_.data()}.write(seen_by(first), activations_);
+        });
+    }
+
+    void make_pieces(const List<QueryTile>& tiles) {
+        pieces_.size = 0;
+        for (QueryTile& tile : tiles) {
+            tile.first_piece = pieces_.size;
+            for (int kv_head = 0; kv_head < model_.num_kv_heads; kv_head++)
+                for (int segment = 0; segment < tile.num_pieces(); segment++) pieces_.add({&tile, kv_head, segment});
+        }
     }
 
     void feed_forward(const Layer& layer, int num_rows) {
@@ -1145,11 +1329,13 @@ class Decoder {
 
     Model model_;
     ThreadPool pool_;
-    std::vector<float> residual_;  // [N, h] the stream that every layer adds to
-    std::vector<float> qkv_;       // [N, (H + 2K) D]
-    Activations activations_;      // input of the next product, of h or H D values
-    Activations between_;          // [M, I] between gate/up and down
-    std::vector<QueryTile> tiles_, needed_tiles_;
+    Buffer<float> residual_, kept_;  // [N, h] the stream that every layer adds to; [num_needed, h] of it
+    Buffer<float> qkv_;              // [N, (H + 2K) D]
+    Buffer<float> seen_;             // [pieces, K] of `Seen`
+    Activations activations_;        // input of the next product, of h or H D values
+    Activations between_;            // [M, I] between gate/up and down
+    List<QueryTile> tiles_, needed_tiles_, token_tiles_;
+    List<Piece> pieces_;
 };
 
 }  // namespace
