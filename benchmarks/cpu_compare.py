@@ -8,8 +8,8 @@ turns, so that a slow moment of the machine does not hit one of them alone. Abso
 days; ratios within one record are what counts. Workload: random token ids, seed 0; a prompt of 512 tokens; then B
 sequences of 128 prompt tokens and 64 generated ones, greedy, median time of a decoding step.
 
-    nanovllm       the whole engine: scheduler, sampler, detokenizer
-    nanovllm-bf16, -int8, -int4   the same over the compiled step (docs/cpu-step.md)
+    nanovllm       the whole engine as it comes: scheduler, sampler, detokenizer
+    nanovllm-torch, -bf16, -int8, -int4   the same with that `cpu_compute` (docs/cpu-step.md)
     transformers   bfloat16, dequantised, SDPA, static batch, its own generate()
     llamacpp       llama-cpp-python built for this machine (GGML_NATIVE), through its C interface: no sampler, no text
 
@@ -152,10 +152,10 @@ def run_llamacpp(options: dict):
         yield f"decode_{size}", size / statistics.median(times)
 
 
-COMPILED = {f"nanovllm-{compute}": {"cpu_compute": compute} for compute in ("bf16", "int8", "int4")}
+COMPUTES = {f"nanovllm-{compute}": {"cpu_compute": compute} for compute in ("torch", "bf16", "int8", "int4")}
 ENGINES = {
     "nanovllm": run_nanovllm,
-    **dict.fromkeys(COMPILED, run_nanovllm),
+    **dict.fromkeys(COMPUTES, run_nanovllm),
     "transformers": run_transformers,
     "llamacpp": run_llamacpp,
 }
@@ -205,7 +205,7 @@ def main() -> None:
         order = arguments.engines if repeat % 2 == 0 else arguments.engines[::-1]
         for engine in order:
             python = arguments.llamacpp_python if engine == "llamacpp" else sys.executable
-            ours = {**arguments.options, **COMPILED.get(engine, {})} if engine.startswith("nanovllm") else {}
+            ours = {**arguments.options, **COMPUTES.get(engine, {})} if engine.startswith("nanovllm") else {}
             options = {"num_threads": arguments.threads, **ours}
             runs[engine].append(run_in_process(engine, python, options))
             print(engine, {name: round(value, 2) for name, value in runs[engine][-1].items()}, flush=True)

@@ -79,7 +79,7 @@ class EngineConfig:
     enforce_eager: bool = False  # no CUDA graphs
     tensor_parallel_size: int = 1  # ranks that share one model
     num_threads: int | None = None  # CPU threads; None: as many as this process may use
-    cpu_compute: str = "auto"  # torch, or the compiled step with weights in bf16, int8 or int4 (docs/cpu-step.md); auto: torch
+    cpu_compute: str = "auto"  # torch, or the compiled step with weights in bf16, int8, int4; auto: as stored (docs/cpu-step.md)
 
     def __post_init__(self) -> None:
         if isinstance(self.model, Path):

@@ -32,10 +32,10 @@ from nanovllm.kernels.compiles import compile_ahead, watch_compiles
 from nanovllm.kernels.cpu.build import best_instruction_set, load_step
 from nanovllm.loaders.checkpoint import Checkpoint, open_checkpoint
 from nanovllm.loaders.load import load_weights
-from nanovllm.loaders.weight_source import WeightSource
+from nanovllm.loaders.weight_source import BlockSource, WeightSource
 from nanovllm.log import logger, show_log_unless_configured
 from nanovllm.model_spec import ModelSpec
-from nanovllm.models.compiled_decoder import CompiledDecoder, explain_refusal
+from nanovllm.models.compiled_decoder import CompiledDecoder, Stored, explain_refusal, loaded_bytes, natural_compute
 from nanovllm.models.decoder import Decoder
 from nanovllm.models.registry import find_family, read_model_spec
 from nanovllm.outputs import EmbeddingOutput, GenerationOutput
@@ -279,7 +279,7 @@ def build_engine(
     watch = Stopwatch()
     platform.prepare(config.num_threads)
     policy = make_policy(config.scheduling_policy)
-    config, plan, dtype = resolve(config, platform, spec)
+    config, plan, dtype = resolve(config, platform, spec, weights)
     watch.lap("plan")
     model = make_model(config, spec, dtype)
     load_weights(model, weights)
@@ -287,7 +287,6 @@ def build_engine(
     watch.lap("weights")
     attention = AttentionSpec(model.num_heads, model.num_kv_heads, spec.head_dim, plan.block_size)
     is_compiled = isinstance(model, CompiledDecoder)
-    config = config if is_compiled else config.with_changes(cpu_compute="torch")
     backend = CompiledAttention(attention) if is_compiled else select_backend(attention, dtype, platform.device)
     limits = config.scheduler_limits
     runner = ModelRunner(
@@ -322,7 +321,7 @@ def build_engine(
 
 
 def make_model(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> Decoder | CompiledDecoder:
-    """Of a resolved config. The torch model where the compiled step was not asked for, or cannot be built here."""
+    """Of a resolved config."""
     library = None if config.cpu_compute == "torch" else load_step()
     if library is not None:
         logger.info("compiled step: %s weights, %s instructions", config.cpu_compute, best_instruction_set())
@@ -330,14 +329,29 @@ def make_model(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> Dec
     return find_family(spec.architecture)(spec, ParallelGroup(), dtype)
 
 
-def resolve_cpu_compute(config: EngineConfig, platform: Platform, spec: ModelSpec) -> str:
-    """A refusal comes before anything is loaded, and names what to do."""
-    if config.cpu_compute in ("auto", "torch"):
+def stored_tensors(weights: WeightSource) -> Stored:
+    """Shape and type of each, without reading data."""
+    blocks = weights if isinstance(weights, BlockSource) else None
+    return {name: (weights.shape(name), blocks.type_name(name) if blocks else "") for name in weights.names()}
+
+
+def resolve_cpu_compute(config: EngineConfig, platform: Platform, spec: ModelSpec, stored: Stored) -> str:
+    """The form of the weights; "torch" also where the compiled step cannot be built here, which gets a log line.
+
+    "auto" is the compiled step where this processor has its instructions, in the form of the file's weights; a dtype that
+    is asked for is kept: float32 by torch, bfloat16 by weights in bfloat16. A refusal comes before anything is loaded.
+    """
+    compute, is_auto = config.cpu_compute, config.cpu_compute == "auto"
+    if compute == "torch":
         return "torch"
     refusal = "the device is not a CPU" if platform.device.type != "cpu" else explain_refusal(spec)
-    if refusal is not None:
-        raise ConfigError(f"cpu_compute={config.cpu_compute!r} cannot run this model: {refusal}; use cpu_compute='torch'")
-    return config.cpu_compute
+    if refusal is not None and not is_auto:
+        raise ConfigError(f"cpu_compute={compute!r} cannot run this model: {refusal}; use cpu_compute='torch'")
+    if is_auto:
+        if refusal is not None or config.dtype == "float32" or best_instruction_set() == "portable":
+            return "torch"
+        compute = natural_compute(stored) if config.dtype == "auto" else "bf16"
+    return compute if load_step() is not None else "torch"
 
 
 def make_kv_caches(
@@ -392,6 +406,7 @@ def make_plan(
     platform: Platform,
     memory: DeviceMemory,
     measured: Measured | None = None,
+    packed_weights: int | None = None,
 ) -> MemoryPlan:
     return plan_memory(
         spec,
@@ -401,10 +416,13 @@ def make_plan(
         free=memory.free,
         max_default_kv=platform.max_default_kv_bytes(),
         measured=measured,
+        packed_weights=packed_weights,
     )
 
 
-def resolve(config: EngineConfig, platform: Platform, spec: ModelSpec) -> tuple[EngineConfig, MemoryPlan, torch.dtype]:
+def resolve(
+    config: EngineConfig, platform: Platform, spec: ModelSpec, weights: WeightSource
+) -> tuple[EngineConfig, MemoryPlan, torch.dtype]:
     """A new config with nothing left to decide, the memory plan, and the dtype as torch has it."""
     if config.max_model_len is not None and config.max_model_len > spec.max_position:
         raise ConfigError(f"max_model_len={config.max_model_len} is more than the model's context of {spec.max_position} tokens")
@@ -414,6 +432,9 @@ def resolve(config: EngineConfig, platform: Platform, spec: ModelSpec) -> tuple[
     token_budget = config.max_num_batched_tokens or platform.default_token_budget
     steps_ahead = platform.default_steps_ahead if config.num_steps_ahead is None else config.num_steps_ahead
     share = config.gpu_memory_utilization or platform.default_memory_share
+    stored = stored_tensors(weights)
+    compute = resolve_cpu_compute(config, platform, spec, stored)
+    packed_weights = None if compute == "torch" else loaded_bytes(spec, compute, stored)
     config = config.with_changes(
         dtype=str(dtype).removeprefix("torch."),
         device=platform.device.type,
@@ -422,9 +443,9 @@ def resolve(config: EngineConfig, platform: Platform, spec: ModelSpec) -> tuple[
         max_num_seqs=config.max_num_seqs or platform.default_max_num_seqs,
         num_steps_ahead=steps_ahead,
         gpu_memory_utilization=share,
-        cpu_compute=resolve_cpu_compute(config, platform, spec),
+        cpu_compute=compute,
     )
-    plan = make_plan(config, spec, dtype, platform, platform.memory())
+    plan = make_plan(config, spec, dtype, platform, platform.memory(), packed_weights=packed_weights)
     if config.max_model_len is None and plan.max_model_len < spec.max_position:
         held, allowed = plan.max_model_len, spec.max_position
         logger.info("max_model_len is %d, not the model's %d: that is what the cache holds", held, allowed)

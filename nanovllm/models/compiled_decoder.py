@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,23 +20,30 @@ from nanovllm.attention.base import AttentionInputs
 from nanovllm.forward_context import ForwardContext
 from nanovllm.kernels.cpu.library import MATRICES, VECTORS, Layer, Matrix, Model, Step, address, declare
 from nanovllm.kernels.cpu.packing import (
+    KIND_OF_BLOCKS,
     PACK_BLOCKS,
+    Kind,
     PackedMatrix,
     pack_bfloat16,
     pack_int4_group,
     pack_int8_group,
+    packed_size,
 )
 from nanovllm.layers.rotary import RotaryTable
 from nanovllm.layers.weight_slot import WeightSlot
 from nanovllm.model_spec import ModelSpec
 
 # How floats are packed: (a layer's matrices, embedding and head); and which stored GGUF blocks are taken as they are.
-PACKERS = {
-    "bf16": (pack_bfloat16, pack_bfloat16),
-    "int8": (pack_int8_group, pack_int8_group),
-    "int4": (pack_int4_group, pack_int8_group),
+KINDS = {
+    "bf16": (Kind.BFLOAT16, Kind.BFLOAT16),
+    "int8": (Kind.INT8_GROUP, Kind.INT8_GROUP),
+    "int4": (Kind.INT4_GROUP, Kind.INT8_GROUP),
 }
+PACKERS = {Kind.BFLOAT16: pack_bfloat16, Kind.INT8_GROUP: pack_int8_group, Kind.INT4_GROUP: pack_int4_group}
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+FLOATS = {"", "F32", "F16", "BF16"}
 NATIVE_BLOCKS = {"bf16": (), "int8": ("Q8_0",), "int4": ("Q8_0", "Q4_0", "Q4_1")}
+Stored = Mapping[str, tuple[tuple[int, ...], str]]  # a checkpoint's tensors: name -> (shape, GGUF type, or "" in other files)
 CHECKPOINT_NAMES = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
@@ -57,6 +64,29 @@ def explain_refusal(spec: ModelSpec) -> str | None:
     if spec.head_dim % 16:
         return f"its head size is {spec.head_dim}, and the compiled step needs a multiple of 16"
     return None
+
+
+def natural_compute(stored: Stored) -> str:
+    """The form that keeps what a checkpoint stores: "int4" where its layers are all of 4 bits in groups of 32, or Q8_0;
+    "int8" for other quantised files; "bf16" for floats. docs/decisions/0009-the-compiled-step-by-default.md has the reasons.
+    """
+    types = {type_name for name, (shape, type_name) in stored.items() if len(shape) == 2 and name not in TABLES}
+    if types <= FLOATS:
+        return "bf16"
+    return "int4" if types <= set(NATIVE_BLOCKS["int4"]) and types != {"Q8_0"} else "int8"
+
+
+def loaded_bytes(spec: ModelSpec, compute: str, stored: Stored) -> int:
+    """What the weights will take, known before they are read."""
+    total = 0
+    for name, (shape, type_name) in stored.items():
+        if len(shape) == 1:
+            total += 4 * shape[0]  # norms and biases, float32
+        elif len(shape) == 2 and (name != "lm_head.weight" or not spec.tie_word_embeddings):
+            is_native = type_name in NATIVE_BLOCKS[compute]
+            kind = KIND_OF_BLOCKS[type_name] if is_native else KINDS[compute][name in TABLES]
+            total += packed_size(kind, *shape)
+    return total
 
 
 class CompiledDecoder:
@@ -84,7 +114,7 @@ class CompiledDecoder:
         spec = self.spec
         shapes = self._layer_shapes()
         for name in ("model.embed_tokens",) if spec.tie_word_embeddings else ("model.embed_tokens", "lm_head"):
-            yield self._matrix_slot(name, (spec.vocab_size, spec.hidden_size), is_table=True)
+            yield self._matrix_slot(name, (spec.vocab_size, spec.hidden_size))
         for number in range(spec.num_layers):
             for part, shape in shapes.items():
                 name = f"model.layers.{number}.{CHECKPOINT_NAMES[part]}"
@@ -111,8 +141,8 @@ class CompiledDecoder:
             **(head_norms if spec.qk_norm else {}),
         }
 
-    def _matrix_slot(self, name: str, shape: tuple[int, ...], is_table: bool = False) -> tuple[str, WeightSlot]:
-        pack_floats = PACKERS[self.compute][is_table]
+    def _matrix_slot(self, name: str, shape: tuple[int, ...]) -> tuple[str, WeightSlot]:
+        pack_floats = PACKERS[KINDS[self.compute][f"{name}.weight" in TABLES]]
 
         def load(tensor: Tensor) -> None:
             self._matrices[name] = pack_floats(tensor)
@@ -149,8 +179,9 @@ class CompiledDecoder:
 
     @property
     def num_bytes(self) -> int:
-        """Of the packed weights."""
-        return sum(matrix.num_bytes for matrix in self._matrices.values())
+        """Of the packed weights, norms and biases."""
+        vectors = sum(vector.nbytes for vector in self._vectors.values())
+        return sum(matrix.num_bytes for matrix in self._matrices.values()) + vectors
 
     @property
     def bytes_per_weight(self) -> float:

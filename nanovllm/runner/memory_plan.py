@@ -69,15 +69,21 @@ def plan_memory(
     free: int,
     max_default_kv: int | None,
     measured: Measured | None = None,
+    packed_weights: int | None = None,
 ) -> MemoryPlan:
     """Divide the budget of a resolved config. Raises `NotEnoughMemory` naming the option that would help, and its value.
 
     `free` is what was free before the engine took anything. Called with arithmetic before a weight is read, and again
-    with what was measured after, where the device can tell.
+    with what was measured after, where the device can tell. `packed_weights`: bytes, of the compiled CPU step, whose
+    activations are float32.
     """
     share = config.gpu_memory_utilization or 1.0
     budget = min(int(total * share), free)
-    weights, activations = measured or (_weight_bytes(spec, bytes_per_value), _activation_bytes(spec, config, bytes_per_value))
+    if packed_weights is None:
+        computed = Measured(_weight_bytes(spec, bytes_per_value), _activation_bytes(spec, config, bytes_per_value))
+    else:
+        computed = Measured(packed_weights, _activation_bytes(spec, config, 4))
+    weights, activations = measured or computed
     limit = config.max_model_len or spec.max_position
     rows = 0 if measured else ((config.max_num_seqs or 1) + 1) * (limit + 1 + limit // (config.block_size or 1)) * 4
     fixed = weights + activations + rows

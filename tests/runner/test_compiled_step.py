@@ -31,7 +31,7 @@ from nanovllm.loaders.checkpoint import open_checkpoint
 from nanovllm.loaders.load import load_weights
 from nanovllm.loaders.weight_source import WeightSource
 from nanovllm.model_spec import ModelSpec
-from nanovllm.models.compiled_decoder import CompiledDecoder
+from nanovllm.models.compiled_decoder import CompiledDecoder, natural_compute
 from nanovllm.models.registry import find_family, read_model_spec
 from nanovllm.parallel.group import ParallelGroup
 from nanovllm.platforms.cpu import CpuPlatform, cpu_flags
@@ -317,12 +317,56 @@ class TestEverythingElseOfTheEngine:
 
 
 class TestTheChoice:
-    def test_is_torch_unless_asked(self):
-        spec, source = toy_source("qwen3")
-        options = {"num_threads": 1, "num_kv_blocks": 40, "block_size": 4}
-        assert build_engine(EngineConfig(**options), CpuPlatform(), spec, source).config.cpu_compute == "torch"
-        built = build_engine(EngineConfig(**options, cpu_compute="int4"), CpuPlatform(), spec, source)
-        assert built.config.cpu_compute == "int4"
+    @staticmethod
+    def resolved(spec: ModelSpec, source: WeightSource, **options: Any) -> str:
+        config = EngineConfig(num_threads=1, num_kv_blocks=40, block_size=4, **options)
+        return build_engine(config, CpuPlatform(), spec, source).config.cpu_compute
+
+    @pytest.mark.parametrize(
+        "options, chosen",
+        [
+            ({}, "bf16"),  # the toy is stored in float32
+            ({"dtype": "bfloat16"}, "bf16"),
+            ({"dtype": "float32"}, "torch"),
+            ({"dtype": "float32", "cpu_compute": "int4"}, "int4"),
+            ({"cpu_compute": "torch"}, "torch"),
+        ],
+    )
+    def test_by_options(self, options, chosen):
+        assert self.resolved(*toy_source("qwen3"), **options) == (chosen if HERE[0] != "portable" else "torch")
+
+    def test_is_torch_by_itself_where_only_the_portable_code_runs(self, monkeypatch):
+        monkeypatch.setenv("NANOVLLM_CPU_ISA", "portable")
+        assert self.resolved(*toy_source("qwen3")) == "torch"
+        assert self.resolved(*toy_source("qwen3"), cpu_compute="bf16") == "bf16"
+
+    def test_is_torch_by_itself_for_a_head_size_that_the_step_cannot_run(self):
+        checkpoint = open_checkpoint(make_toy("qwen3").folder)
+        assert self.resolved(read_model_spec(checkpoint.config, checkpoint.name), checkpoint.weights) == "torch"
+
+    @pytest.mark.parametrize(
+        "types, chosen",
+        [
+            (["Q4_0"], "int4"),
+            (["Q4_0", "Q4_1", "Q8_0"], "int4"),
+            (["Q8_0"], "int8"),
+            (["Q4_K", "Q6_K"], "int8"),
+            (["Q4_0", "Q6_K"], "int8"),
+            (["F16"], "bf16"),
+        ],
+    )
+    def test_by_what_the_file_stores(self, types, chosen):
+        stored = {f"model.layers.{i}.mlp.up_proj.weight": ((64, 64), name) for i, name in enumerate(types)}
+        around = {"model.embed_tokens.weight": ((97, 64), "Q6_K"), "model.norm.weight": ((64,), "F32")}
+        assert natural_compute({**around, **stored}) == chosen
+
+    @pytest.mark.parametrize("compute", COMPUTES)
+    @pytest.mark.parametrize("family", TOYS)
+    def test_the_plan_counts_the_bytes_that_are_loaded(self, family, compute):
+        spec, source = toy_source(family)
+        config = EngineConfig(cpu_compute=compute, num_threads=1, num_kv_blocks=40, block_size=4)
+        built = build_engine(config, CpuPlatform(), spec, source)
+        assert built.memory_plan.weights == compiled(family, compute, HERE[0]).num_bytes
 
     def test_of_an_unknown_form_is_refused(self):
         with pytest.raises(ConfigError, match="int8"):

@@ -32,6 +32,15 @@ class Kind(IntEnum):
     INT4_GROUP = 2  # one float16 scale and minimum per 32 inputs; value = scale * nibble + minimum
 
 
+KIND_OF_BLOCKS = {"Q8_0": Kind.INT8_GROUP, "Q4_0": Kind.INT4_GROUP, "Q4_1": Kind.INT4_GROUP}
+BYTES_PER_GROUP = {Kind.BFLOAT16: 64, Kind.INT8_GROUP: 32 + 2, Kind.INT4_GROUP: 16 + 2 + 2}  # with scale and minimum
+
+
+def packed_size(kind: Kind, num_out: int, num_in: int) -> int:
+    """Bytes of a matrix, padding included."""
+    return -(-num_out // CHANNELS) * CHANNELS * -(-num_in // GROUP) * BYTES_PER_GROUP[kind]
+
+
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
     kind: Kind
