@@ -298,6 +298,7 @@ def build_engine(
         max_model_len=plan.max_model_len,
         device=platform.device,
     )
+    runner.sampler.race = model.race if isinstance(model, CompiledDecoder) else None
     if isinstance(backend, TritonAttention):
         plan = warm_up_gpu(runner, backend, config, plan, platform, spec, dtype, watch)
     else:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanovllm.attention.base import AttentionInputs
 from nanovllm.forward_context import ForwardContext
-from nanovllm.kernels.cpu.library import MATRICES, VECTORS, Layer, Matrix, Model, Step, address, declare
+from nanovllm.kernels.cpu.library import MATRICES, VECTORS, Draw, Layer, Matrix, Model, Step, address, declare
 from nanovllm.kernels.cpu.packing import (
     KIND_OF_BLOCKS,
     PACK_BLOCKS,
@@ -215,6 +215,21 @@ class CompiledDecoder:
         logits = torch.empty(len(hidden), self.spec.vocab_size)
         self._library.nanovllm_logits(self._handle, address(hidden), len(hidden), address(logits))
         return logits
+
+    def race(
+        self, logits: Tensor, hashes: Tensor, keys: Tensor, inverse_temperature: Tensor, top_p: Tensor, min_p: Tensor | None
+    ) -> Tensor:
+        """A `sampling.draw.Race`: the tokens that the noise of `gumbel.py` draws within top_p and min_p, on all threads.
+
+        logits: [n, vocab_size] float32; hashes: [vocab_size] int32; keys: [n] int32; the others: [n, 1] float32 -> [n] int64.
+        """
+        assert logits.dtype == torch.float32 and hashes.dtype == keys.dtype == torch.int32
+        token_ids = torch.empty(len(logits), dtype=torch.int64)
+        logits, min_p = logits.contiguous(), torch.zeros_like(top_p) if min_p is None else min_p
+        operands = [logits, hashes, keys, inverse_temperature.contiguous(), top_p.contiguous(), min_p.contiguous(), token_ids]
+        draw = Draw(len(logits), logits.shape[1], *map(address, operands))
+        self._library.nanovllm_draw(self._handle, ctypes.byref(draw))
+        return token_ids
 
     def _attach(self, kv_caches: list[Tensor], block_tables: Tensor) -> None:
         """The caches are made after the weights are loaded; the first step brings them."""

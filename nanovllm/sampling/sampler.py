@@ -18,7 +18,7 @@ from torch import Tensor
 from nanovllm.engine.batch import RowSampling
 from nanovllm.kernels.upload import upload
 from nanovllm.sampling import filters
-from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, build_groups, draw, limits_of, warm_up
+from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, Race, build_groups, draw, limits_of, warm_up
 from nanovllm.sampling.gumbel import draw_keys, stream_of, token_hashes
 from nanovllm.sampling.logprobs import BatchLogprobs, sampled_logprobs
 from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits, grammar_masks
@@ -53,6 +53,7 @@ class Sampler:
         self._columns = np.zeros(max_num_seqs, ROW_COLUMNS)
         self._hashes = token_hashes(vocab_size).to(self._device)  # [vocab] int32
         self._plan: BatchPlan | None = None
+        self.race: Race | None = None  # set where the model's library draws
 
     def seat(self, row: int, sampling: RowSampling) -> None:
         """A sequence arrives in `row`; whatever was there is forgotten."""
@@ -96,11 +97,11 @@ class Sampler:
             return filters.winner_of(scores)
         keys = upload(draw_keys(plan.streams, positions), self._device)  # [num_samples] int32
         if len(plan.groups) == 1:
-            return draw(scores, plan.groups[0], self._hashes, keys)
+            return draw(scores, plan.groups[0], self._hashes, keys, self.race)
         token_ids = torch.empty(len(scores), dtype=torch.int64, device=self._device)
         for group in plan.groups:
             own_scores, own_keys = scores.index_select(0, group.samples), keys.index_select(0, group.samples)
-            token_ids.index_copy_(0, group.samples, draw(own_scores, group, self._hashes, own_keys))
+            token_ids.index_copy_(0, group.samples, draw(own_scores, group, self._hashes, own_keys, self.race))
         return token_ids
 
     def _plan_for(self, rows: list[int]) -> BatchPlan:

@@ -301,6 +301,18 @@ class TestEverythingElseOfTheEngine:
         twice = [generate(make_engine(), PROMPTS, temperature=0.8, seed=5, top_p=0.9) for _ in range(2)]
         assert twice[0] == twice[1]
 
+    @pytest.mark.parametrize("options", [{"temperature": 1.5}, {"temperature": 1.0, "top_p": 0.8, "min_p": 0.01}])
+    def test_draws_the_tokens_that_the_torch_sampler_draws(self, options):
+        drawn = []
+        for is_native in (True, False):
+            engine = make_engine()
+            assert engine.executor.runner.sampler.race is not None
+            if not is_native:
+                engine.executor.runner.sampler.race = None
+            drawn.append(generate(engine, PROMPTS, seed=5, **options))
+        assert drawn[0] == drawn[1]
+        assert drawn[0] != generate(make_engine(), PROMPTS)
+
     def test_completions_of_one_prompt_share_its_cache(self):
         engine = make_engine()
         (output,) = engine.generate([PROMPTS[3]], SamplingParams(temperature=0, max_tokens=8, n=3, ignore_eos=True))
@@ -396,6 +408,8 @@ for name in products.HERE:
     for pack in products.PACKERS:
         for shape in ((17, 33), (100, 48)):
             products.multiply(pack(products.random(*shape)), products.random(9, shape[1]), name, num_threads=3)
+    for vocab_size in (5, 97):
+        products.draw(*products.TestDraw.operands(vocab_size, 9, temperature=1.0, top_p=0.9), products.race(name, num_threads=3))
     for family in steps.TOYS:
         for compute in steps.COMPUTES:
             steps.drive(steps.CompiledDriver(steps.compiled(family, compute, name, torch.bfloat16, threads=2)))

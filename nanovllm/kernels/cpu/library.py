@@ -60,12 +60,20 @@ class Step(ctypes.Structure):
     ]
 
 
+class Draw(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("num_rows", "vocab_size")),
+        *((name, c_void_p) for name in ("logits", "hashes", "keys", "inverse_temperature", "top_p", "min_p", "token_ids")),
+    ]
+
+
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "nanovllm_instruction_set": (c_char_p, []),
     "nanovllm_create": (c_void_p, [ctypes.POINTER(Model), c_int32]),
     "nanovllm_destroy": (None, [c_void_p]),
     "nanovllm_forward": (None, [c_void_p, ctypes.POINTER(Step)]),
     "nanovllm_logits": (None, [c_void_p, c_void_p, c_int32, c_void_p]),
+    "nanovllm_draw": (None, [c_void_p, ctypes.POINTER(Draw)]),
     "nanovllm_multiply": (None, [c_void_p, ctypes.POINTER(Matrix), c_void_p, c_int32, c_void_p]),
     "nanovllm_unpack_row": (None, [ctypes.POINTER(Matrix), c_int32, c_void_p]),
 }

@@ -102,6 +102,19 @@ inline __m512i broadcast_quad(const void* x) {
 }
 
 inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Ints spread(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Ints operator*(Ints a, Ints b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
+inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Ints shift_right(Ints a, int n) { return {_mm512_srli_epi32(a.v, n)}; }  // zeros come in
+inline Ints bits_of(Floats a) { return {_mm512_castps_si512(a.v)}; }
+inline Floats floats_of(Ints bits) { return {_mm512_castsi512_ps(bits.v)}; }
+inline Floats at_least(Floats a, Floats b) {  // 1 where a >= b, else 0
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), _mm512_set1_ps(1.0f))};
+}
+
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 
 /// vpdpbusd multiplies unsigned by signed bytes. So w becomes w + 128 (its sign bit turned over), and the sum starts at -128
@@ -222,6 +235,20 @@ inline void store_int8(int8_t* p, Floats x) {
 
 inline __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+inline Ints load_ints(const int32_t* p) { return {load_256(p), load_256(p + 8)}; }
+inline Ints spread(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+inline Ints operator*(Ints a, Ints b) { return {_mm256_mullo_epi32(a.low, b.low), _mm256_mullo_epi32(a.high, b.high)}; }
+inline Ints operator^(Ints a, Ints b) { return {_mm256_xor_si256(a.low, b.low), _mm256_xor_si256(a.high, b.high)}; }
+inline Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)}; }
+inline Ints shift_right(Ints a, int n) { return {_mm256_srli_epi32(a.low, n), _mm256_srli_epi32(a.high, n)}; }  // zeros come in
+inline Ints bits_of(Floats a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
+inline Floats floats_of(Ints bits) { return {_mm256_castsi256_ps(bits.low), _mm256_castsi256_ps(bits.high)}; }
+inline Floats at_least(Floats a, Floats b) {  // 1 where a >= b, else 0
+    __m256 one = _mm256_set1_ps(1.0f);
+    return {_mm256_and_ps(_mm256_cmp_ps(a.low, b.low, _CMP_GE_OQ), one), _mm256_and_ps(_mm256_cmp_ps(a.high, b.high, _CMP_GE_OQ), one)};
+}
+
 inline Bytes load_bytes(const uint8_t* p) { return {load_256(p), load_256(p + 32)}; }
 
 inline __m256i broadcast_quad(const int8_t* x) {
@@ -345,6 +372,29 @@ inline void store_int8(int8_t* p, Floats x) {
 
 inline Floats to_floats(const Ints& a) { return each([&](int i) { return float(a.v[i]); }); }
 
+template <typename Value>
+Ints each_int(Value value) {
+    Ints result;
+    for (int i = 0; i < LANES; i++) result.v[i] = int32_t(uint32_t(value(i)));
+    return result;
+}
+
+inline Ints load_ints(const int32_t* p) { return each_int([&](int i) { return p[i]; }); }
+inline Ints spread(int32_t x) { return each_int([&](int) { return x; }); }
+inline Ints operator+(const Ints& a, const Ints& b) { return each_int([&](int i) { return uint32_t(a.v[i]) + uint32_t(b.v[i]); }); }
+inline Ints operator*(const Ints& a, const Ints& b) { return each_int([&](int i) { return uint32_t(a.v[i]) * uint32_t(b.v[i]); }); }
+inline Ints operator^(const Ints& a, const Ints& b) { return each_int([&](int i) { return a.v[i] ^ b.v[i]; }); }
+inline Ints operator&(const Ints& a, const Ints& b) { return each_int([&](int i) { return a.v[i] & b.v[i]; }); }
+inline Ints shift_right(const Ints& a, int n) { return each_int([&](int i) { return uint32_t(a.v[i]) >> n; }); }  // zeros come in
+inline Floats floats_of(const Ints& bits) { return each([&](int i) { return bits_to_float(uint32_t(bits.v[i])); }); }
+inline Floats at_least(const Floats& a, const Floats& b) { return each([&](int i) { return a.v[i] >= b.v[i] ? 1.0f : 0.0f; }); }
+
+inline Ints bits_of(const Floats& a) {
+    Ints result;
+    std::memcpy(result.v, a.v, sizeof result.v);
+    return result;
+}
+
 inline Bytes load_bytes(const uint8_t* p) {
     Bytes result;
     std::copy_n(p, LANES * QUAD, result.v);
@@ -406,6 +456,18 @@ inline float exponential(float x) {
     float result[LANES];
     store(result, exponential(broadcast(x)));
     return result[0];
+}
+
+/// Natural logarithm of positive normal numbers, relative error below 3e-7 also near 1. x = 2^e m with sqrt(1/2) <= m < sqrt(2);
+/// log m = 2 artanh(s) with s = (m - 1) / (m + 1), |s| < 0.172, as a series.
+inline Floats logarithm(Floats x) {
+    constexpr int32_t ONE = 0x3f800000, ROOT_OF_HALF = 0x3f3504f3, MANTISSA = 0x7fffff;  // bits of floats
+    Ints moved = bits_of(x) + spread(ONE - ROOT_OF_HALF);
+    Floats e = to_floats(shift_right(moved, 23)) - broadcast(127.0f);
+    Floats m = floats_of((moved & spread(MANTISSA)) + spread(ROOT_OF_HALF));
+    Floats s = (m - broadcast(1.0f)) / (m + broadcast(1.0f)), z = s * s, p = broadcast(2.0f / 9);
+    for (float coefficient : {2.0f / 7, 2.0f / 5, 2.0f / 3}) p = fma(p, z, broadcast(coefficient));
+    return fma(e, broadcast(0.69314718f), fma(p * z, s, s + s));
 }
 
 inline Floats silu(Floats x) { return x / (broadcast(1.0f) + exponential(broadcast(0.0f) - x)); }
@@ -1081,7 +1143,108 @@ void unpack_row(const Matrix& w, int row, float* out) {
     }
 }
 
-// ------------------------------------------------------------------ 8. the step
+// ------------------------------------------------------------------ 8. drawing a token
+//
+// What sampling/draw.py does for temperature, min_p and top_p, by the noise that sampling/gumbel.py specifies.
+
+/// Lines of logits, [M, V], and how each draws.
+struct Draw {
+    int32_t num_rows, vocab_size;
+    const float* logits;
+    const int32_t *hashes, *keys;                         // [V], [M]
+    const float *inverse_temperature, *top_p, *min_p;     // [M]; top_p from 1 on: all tokens
+    int64_t* token_ids;                                   // [M] result; -1: the logits are not finite numbers
+};
+
+/// `size` values, padded to whole registers: what is read beyond them is `padding`.
+struct Line {
+    const float* values;
+    int size;
+    float padding;
+
+    Floats at(int i) const {
+        float rest[LANES];
+        if (i + LANES <= size) return load(values + i);
+        std::fill(rest, rest + LANES, padding);
+        std::copy(values + i, values + size, rest);
+        return load(rest);
+    }
+};
+
+/// The largest, or NaN where any is NaN or plus infinity; minus infinity stands for tokens that are not allowed.
+float finite_peak(const Line& logits) {
+    Floats peak = broadcast(LOWEST), bad = broadcast(0.0f);
+    for (int i = 0; i < logits.size; i += LANES) {
+        Floats x = logits.at(i);
+        peak = larger(peak, x);
+        bad = fma(larger(broadcast(-3.4e38f), x), broadcast(0.0f), bad);  // `larger` hands on a NaN on its right
+    }
+    return largest(peak) + sum(bad);
+}
+
+/// The first of the largest among whole registers of values.
+int leader_of(const float* values, int size) {
+    Floats best = load(values);
+    for (int i = LANES; i < size; i += LANES) best = larger(best, load(values + i));
+    float wanted = largest(best);
+    for (int i = 0; i < size; i += LANES)
+        if (largest(at_least(load(values + i), broadcast(wanted))) > 0)
+            return int(std::find(values + i, values + i + LANES, wanted) - values);
+    return 0;
+}
+
+/// -log(u) of 16 tokens.
+inline Floats noise(const int32_t* hashes, int32_t key) {
+    Ints x = load_ints(hashes) + spread(key);
+    x = (x ^ shift_right(x, 16)) * spread(0x7feb352d);
+    x = (x ^ shift_right(x, 15)) * spread(int32_t(0x846ca68b));
+    x = shift_right(x ^ shift_right(x, 16), 9);
+    return broadcast(0.0f) - logarithm((to_floats(x) + broadcast(0.5f)) * broadcast(1.0f / 8388608));
+}
+
+/// How much the tokens weigh that are more likely than `leader`, or as likely with a lower id. Others leave the race if the
+/// leader is not within `nucleus`, and then it goes on.
+bool is_outside(const Line& logits, int leader, float nucleus, const float* weights, float* scores) {
+    float limit = logits.values[leader], above = std::nextafter(limit, INFINITY);
+    auto ahead = [&](int i) {  // 1 or 0: ids up to the leader's need `limit`, those after it more
+        float limits[LANES];
+        for (int j = 0; j < LANES; j++) limits[j] = i + j < leader ? limit : above;
+        return at_least(logits.at(i), load(limits));
+    };
+    Floats total = broadcast(0.0f);
+    for (int i = 0; i < logits.size; i += LANES) total = fma(ahead(i), load(weights + i), total);
+    float weight = sum(total);
+    if (!(weight >= nucleus && weight > 0)) return false;
+    for (int i = 0; i < logits.size; i += LANES) store(scores + i, ahead(i) * load(scores + i));
+    return true;
+}
+
+int64_t draw_token(const Draw& draw, int m) {
+    thread_local Buffer<float> weights, scores;
+    thread_local Buffer<int32_t> last_hashes;
+    int size = draw.vocab_size, padded = (size + LANES - 1) / LANES * LANES;
+    Line logits{draw.logits + size_t(m) * size, size, LOWEST};
+    float peak = finite_peak(logits);
+    if (!(std::fabs(peak) < INFINITY)) return -1;
+    weights.make_room(padded);
+    scores.make_room(padded);
+    last_hashes.make_room(LANES);
+    std::copy(draw.hashes + size / LANES * LANES, draw.hashes + size, last_hashes.data());
+    Floats total = broadcast(0.0f), inverse = broadcast(draw.inverse_temperature[m]), least = broadcast(draw.min_p[m]);
+    for (int i = 0; i < padded; i += LANES) {
+        Floats weight = exponential((logits.at(i) - broadcast(peak)) * inverse);
+        weight = weight * at_least(weight, least);
+        total = total + weight;
+        store(weights.data() + i, weight);
+        store(scores.data() + i, weight / noise(i + LANES <= size ? draw.hashes + i : last_hashes.data(), draw.keys[m]));
+    }
+    float nucleus = draw.top_p[m] < 1 ? draw.top_p[m] * sum(total) : INFINITY;
+    int leader = leader_of(scores.data(), padded);
+    while (is_outside(logits, leader, nucleus, weights.data(), scores.data())) leader = leader_of(scores.data(), padded);
+    return leader;
+}
+
+// ------------------------------------------------------------------ 9. the step
 
 class Decoder {
   public:
@@ -1105,6 +1268,10 @@ class Decoder {
         each_row(step.num_needed, [&](int m) {
             rms_norm(residual(m), model_.final_norm, h, model_.norm_eps, step.hidden + size_t(m) * h);
         });
+    }
+
+    void draw(const Draw& draw) {
+        each_item(draw.num_rows, [&](int m) { draw.token_ids[m] = draw_token(draw, m); });
     }
 
     /// hidden: [M, h] -> logits: [M, V].
@@ -1340,7 +1507,7 @@ class Decoder {
 
 }  // namespace
 
-// ------------------------------------------------------------------ 9. the C interface
+// ------------------------------------------------------------------ 10. the C interface
 
 extern "C" {
 
@@ -1356,6 +1523,8 @@ void nanovllm_forward(void* decoder, const Step* step) { static_cast<Decoder*>(d
 void nanovllm_logits(void* decoder, const float* hidden, int num_rows, float* logits) {
     static_cast<Decoder*>(decoder)->logits(hidden, num_rows, logits);
 }
+
+void nanovllm_draw(void* decoder, const Draw* draw) { static_cast<Decoder*>(decoder)->draw(*draw); }
 
 /// y = x W^T, for tests and measurements. x: [num_rows, num_in], y: [num_rows, num_out].
 void nanovllm_multiply(void* decoder, const Matrix* matrix, const float* x, int num_rows, float* y) {
