@@ -34,6 +34,14 @@ READING_HOUR = (
     "sampling/sampler.py",
     "executor/in_process.py",
 )
+COMPILED_STEP = "kernels/cpu/step.cpp"
+COMPILED_STEP_PYTHON = (
+    "kernels/cpu/build.py",
+    "kernels/cpu/library.py",
+    "kernels/cpu/packing.py",
+    "models/compiled_decoder.py",
+    "attention/compiled.py",
+)
 MAX_READING_HOUR_LINES = 1900  # physical
 MAX_FUNCTION_LINES = 60  # physical, from `def` to the last line
 EXEMPT_FOLDERS = ("kernels",)
@@ -135,6 +143,15 @@ def report_total(title: str, files: list[SourceFile]) -> None:
     print(f"  {title:<34}{code:>8}{lines:>8}{len(files):>8}")
 
 
+def report_compiled_step(files: dict[str, SourceFile]) -> None:
+    lines = (PACKAGE / COMPILED_STEP).read_text(encoding="utf-8").splitlines()
+    num_code_lines = sum(bool(line.strip()) and not line.lstrip().startswith("//") for line in lines)
+    print(f"{'The compiled step':<36}{'code':>8}{'lines':>8}{'files':>8}")
+    report_total("C++", [SourceFile(COMPILED_STEP, len(lines), num_code_lines, [])])
+    report_total("its Python", [files[name] for name in COMPILED_STEP_PYTHON])
+    print()
+
+
 def report_functions(files: dict[str, SourceFile]) -> list[str]:
     """Prints lengths; returns what is too long."""
     functions = sorted((f for file in files.values() for f in file.functions), key=lambda f: f.num_lines, reverse=True)
@@ -153,6 +170,7 @@ def main() -> int:
     files = {file.path: file for file in map(read_file, sorted(PACKAGE.rglob("*.py")))}
     problems = report_reading_hour(files)
     report_folders(files)
+    report_compiled_step(files)
     problems += report_functions(files)
     for problem in problems:
         print(f"size_report: {problem}", file=sys.stderr)

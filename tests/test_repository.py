@@ -89,13 +89,28 @@ class TestReadme:
         assert not [field.name for field in dataclasses.fields(SamplingParams) if f"`{field.name}`" not in text]
 
     def test_the_reading_order_is_that_of_the_size_report(self, readme):
-        spec = importlib.util.spec_from_file_location("size_report", ROOT / "scripts/size_report.py")
-        size_report = importlib.util.module_from_spec(spec)
-        sys.modules["size_report"] = size_report  # dataclasses look their module up
-        spec.loader.exec_module(size_report)
+        size_report = load_size_report()
         text = (ROOT / readme).read_text(encoding="utf-8")
         places = [text.find(f"`{name}`") for name in size_report.READING_HOUR]
         assert -1 not in places and places == sorted(places)
+
+
+def load_size_report():
+    spec = importlib.util.spec_from_file_location("size_report", ROOT / "scripts/size_report.py")
+    size_report = importlib.util.module_from_spec(spec)
+    sys.modules["size_report"] = size_report  # dataclasses look their module up
+    spec.loader.exec_module(size_report)
+    return size_report
+
+
+def test_the_page_of_the_compiled_step_says_how_long_it_is(capsys):
+    load_size_report().main()
+    printed = re.findall(r"^  (?:C\+\+|its Python) +\d+ +(\d+) ", capsys.readouterr().out, re.MULTILINE)
+    page = (ROOT / "docs/cpu-step.md").read_text(encoding="utf-8")
+    said = re.search(r"([\d,]+) lines of C\+\+ and ([\d,]+) of Python", page)
+    assert [int(number.replace(",", "")) for number in said.groups()] == pytest.approx(
+        [int(number) for number in printed], rel=0.03
+    )
 
 
 def test_the_two_readmes_have_the_same_code_and_the_same_tree():

@@ -25,6 +25,7 @@ from nanovllm.kernels.cpu.packing import (
     Kind,
     PackedMatrix,
     pack_bfloat16,
+    pack_in_slices,
     pack_int4_group,
     pack_int8_group,
     packed_size,
@@ -145,7 +146,7 @@ class CompiledDecoder:
         pack_floats = PACKERS[KINDS[self.compute][f"{name}.weight" in TABLES]]
 
         def load(tensor: Tensor) -> None:
-            self._matrices[name] = pack_floats(tensor)
+            self._matrices[name] = pack_in_slices(pack_floats, tensor)
 
         def load_blocks(raw: np.ndarray, type_name: str) -> None:
             self._matrices[name] = PACK_BLOCKS[type_name](raw)

@@ -14,7 +14,7 @@ quantised here. Padding is zero. `step.cpp`, part 3, has the formats; docs/cpu-s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -24,6 +24,7 @@ from torch import Tensor
 
 CHANNELS = 16  # output channels of a block
 GROUP = 32  # inputs that share a scale
+SLICE = 1024  # output channels that are packed at a time, whole blocks
 
 
 class Kind(IntEnum):
@@ -60,6 +61,16 @@ class PackedMatrix:
 
 
 # --- from floats: weight is [num_out, num_in]
+
+
+def pack_in_slices(pack: Callable[[Tensor], PackedMatrix], weight: Tensor) -> PackedMatrix:
+    """Packing makes float copies on its way: of some rows at a time, because an embedding may be the half of a model."""
+    parts = [pack(weight[start : start + SLICE]) for start in range(0, len(weight), SLICE)]
+    values, scales, minimums = (
+        None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
+        for name in ("values", "scales", "minimums")
+    )
+    return replace(parts[0], num_out=len(weight), values=values, scales=scales, minimums=minimums)
 
 
 def pack_bfloat16(weight: Tensor) -> PackedMatrix:
