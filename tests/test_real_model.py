@@ -193,3 +193,11 @@ class TestTheCompiledStep:
         with make_llm(cpu_compute=compute) as llm:
             (output,) = llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
         assert "Paris" in output.text
+
+    def test_is_the_default_as_the_file_is_stored(self):
+        if build.find_compiler() is None or build.best_instruction_set() == "portable":
+            pytest.skip("torch is the default here")
+        with make_llm(dtype="auto") as llm:
+            assert llm.config.cpu_compute == "int4"
+            (output,) = llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
+        assert "Paris" in output.text
