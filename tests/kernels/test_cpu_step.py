@@ -19,9 +19,11 @@ from nanovllm.kernels.cpu import build
 from nanovllm.kernels.cpu.library import Layer, Matrix, Model, address, declare
 from nanovllm.kernels.cpu.packing import (
     PACK_BLOCKS,
+    SLICE,
     Kind,
     PackedMatrix,
     pack_bfloat16,
+    pack_in_slices,
     pack_int4_group,
     pack_int8_group,
 )
@@ -197,6 +199,22 @@ class TestDraw:
 
 
 class TestPacking:
+    @pytest.mark.parametrize("pack", PACKERS)
+    def test_goes_slice_by_slice_and_comes_to_the_same(self, pack):
+        weight = random(2 * SLICE + 21, 70)
+        sizes: list[int] = []
+
+        def pack_slice(part: Tensor) -> PackedMatrix:
+            sizes.append(len(part))
+            return pack(part)
+
+        sliced, whole = pack_in_slices(pack_slice, weight), pack(weight)
+        assert sizes == [SLICE, SLICE, 21]
+        assert (sliced.kind, sliced.num_out, sliced.num_in) == (whole.kind, whole.num_out, whole.num_in)
+        for name in ("values", "scales", "minimums"):
+            ours, theirs = getattr(sliced, name), getattr(whole, name)
+            assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
+
     @pytest.mark.parametrize(
         "pack, error",
         [(pack_bfloat16, 2**-8), (pack_int8_group, 0.51 / 127), (pack_int4_group, 0.55 / 7.5)],

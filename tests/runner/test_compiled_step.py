@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -396,41 +395,6 @@ class TestTheChoice:
         spec, source = toy_source("qwen3")
         config = EngineConfig(cpu_compute="int8", num_threads=1, num_kv_blocks=40, block_size=4)
         assert build_engine(config, CpuPlatform(), spec, source).config.cpu_compute == "torch"
-
-
-LOADING = """
-import json, re, sys, torch
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from models.toys import CPU, shapes_of, toy_spec
-from nanovllm.kernels.cpu.build import load_step
-from nanovllm.loaders.load import load_weights
-from nanovllm.loaders.weight_source import RandomWeights
-from nanovllm.models.compiled_decoder import CompiledDecoder
-from nanovllm.platforms.cpu import CpuPlatform
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-sizes = dict(vocab_size=16384, hidden_size=512, intermediate_size=2048, num_layers=12)
-spec = toy_spec(**sizes, total_num_heads=8, head_dim=64)
-source = RandomWeights(shapes_of(spec))
-CpuPlatform().prepare(1)
-model = CompiledDecoder(spec, sys.argv[2], torch.float32, load_step(), 1)
-for name in source.names():
-    source.load(name)  # what making one tensor takes is there before
-before = peak()
-load_weights(model, source)
-model.finish_loading(CPU, 16)
-print(json.dumps([peak() - before, model.num_bytes, spec.num_parameters * 4]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the peak of a process")
-@pytest.mark.parametrize("compute", COMPUTES)
-def test_loading_needs_the_packed_size_and_at_most_two_tensors_beside_what_reading_needs(compute):
-    program = [sys.executable, "-c", LOADING, str(Path(__file__).parents[1]), compute]
-    grown, packed, as_floats = json.loads(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
-    largest = 16384 * 512 * 4
-    assert packed / 2 < grown < packed + 2 * largest < as_floats
 
 
 SANITIZED = """
