@@ -41,6 +41,7 @@ from nanovllm.models.registry import find_family, read_model_spec
 from nanovllm.outputs import EmbeddingOutput, GenerationOutput
 from nanovllm.parallel.group import ParallelGroup
 from nanovllm.platforms.base import DeviceMemory, Platform, select_platform
+from nanovllm.platforms.cpu import usable_cores
 from nanovllm.runner.memory_plan import Measured, MemoryPlan, plan_memory
 from nanovllm.runner.stopwatch import Stopwatch
 from nanovllm.sampling_params import SamplingParams
@@ -48,6 +49,7 @@ from nanovllm.structured.base import Grammar
 from nanovllm.structured.llguidance_backend import LLGuidanceGrammar
 from nanovllm.tokenizer import Tokenizer
 
+MAX_MASK_THREADS = 8  # that compute the masks of grammars beside a GPU
 GRAPH_BYTES = 512 << 20  # what captured graphs and libraries take beside the pool, at most
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
@@ -246,7 +248,9 @@ def open_engine(config: EngineConfig, speaks_text: bool = True) -> tuple[BuiltEn
     spec = read_model_spec(checkpoint.config, checkpoint.name)
     tokenizer = load_tokenizer(checkpoint)
     eos_token_ids = known_token_ids((*checkpoint.eos_token_ids, *tokenizer.end_token_ids), spec.vocab_size)
-    grammar = LLGuidanceGrammar(tokenizer, spec.vocab_size, eos_token_ids)
+    is_cpu = platform.device.type == "cpu"  # whose cores run the model
+    threads = 1 if is_cpu else max(1, min(MAX_MASK_THREADS, usable_cores() // 2))
+    grammar = LLGuidanceGrammar(tokenizer, spec.vocab_size, eos_token_ids, threads)
     text = tokenizer if speaks_text else None
     built = build_engine(config, platform, spec, checkpoint.weights, text, eos_token_ids, grammar)
     return built, tokenizer

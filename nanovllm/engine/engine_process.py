@@ -576,9 +576,9 @@ def why_first_waits(scheduler: Scheduler) -> str:
 
 
 def max_admissible_tokens(engine: LLMEngine) -> int:
-    """The longest prompt that would be admitted now, without what a prefix cache may give it."""
+    """The longest prompt that would be admitted next, without what a prefix cache may give it."""
     scheduler, blocks = engine.scheduler, engine.scheduler.block_manager
-    if why_first_waits(scheduler) == "rows":
+    if why_first_waits(scheduler) != "next":  # nobody overtakes
         return 0
     reserve = int(scheduler.limits.watermark * blocks.num_blocks) if scheduler.running else 0
     return min(max(0, blocks.num_free_blocks - reserve) * blocks.block_size, engine.max_model_len)

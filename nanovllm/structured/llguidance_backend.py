@@ -9,7 +9,6 @@ is an optional extra: it is imported when the first request with a grammar comes
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -36,20 +35,13 @@ JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 
 MIN_TOGETHER = 4  # masks; below, waking threads costs more than it saves
 MASKS_PER_SAMPLE = 16
-MAX_THREADS = 8
 
 
 @cache
-def num_threads() -> int:
-    """Half of the processors; on a CPU the model has the others."""
-    return min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else 1
-
-
-@cache
-def _executor() -> Any:
+def _executor(num_threads: int) -> Any:
     import llguidance
 
-    return llguidance.LLExecutor(num_threads())
+    return llguidance.LLExecutor(num_threads)
 
 
 class LLGuidanceMatcher:
@@ -88,29 +80,32 @@ class LLGuidanceMatcher:
     def fill_together(matchers: Sequence[LLGuidanceMatcher], masks: np.ndarray) -> None:
         """`fill_mask` of each, in threads of the library, which do not take turns for Python's lock as ours would.
 
-        What one of them takes is then not known. So a few are filled alone, others each time, and pay for all.
+        What one of them takes is then not known. So a few are filled alone, drawn by lot each time, and pay for all.
         """
         num_matchers, budget = len(matchers), matchers[0]._budget
-        num_alone = -(-num_matchers // MASKS_PER_SAMPLE) if num_matchers >= MIN_TOGETHER and num_threads() > 1 else num_matchers
-        first = budget.take_turns(num_alone)
-        alone = {(first + i) % num_matchers for i in range(num_alone)}
+        if num_matchers < MIN_TOGETHER or budget.num_threads == 1:
+            for matcher, mask in zip(matchers, masks):
+                matcher.fill_mask(mask)
+            return
+        num_alone = -(-num_matchers // MASKS_PER_SAMPLE)
+        alone = budget.draw_lots(num_matchers, num_alone)
+        weight = 1 + (num_matchers - num_alone) / budget.num_threads / num_alone  # a step waits for all, but many go at once
         for i in alone:
-            matchers[i].fill_mask(masks[i], num_matchers / num_alone)
-        rest = [i for i, matcher in enumerate(matchers) if i not in alone and not matcher._is_over]
-        if rest:
-            try:
-                inner = [(matchers[i]._inner, i) for i in rest]
-                _executor().unsafe_compute_mask_ptr(inner, masks.ctypes.data, masks.strides[0], num_matchers)
-            except BaseException as error:  # find out which
-                if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                    raise
-                for i in rest:
-                    matchers[i].fill_mask(masks[i])
-                return
+            matchers[i].fill_mask(masks[i], weight)
+        rest = [i for i in range(num_matchers) if i not in alone]
+        try:
+            inner = [(matchers[i]._inner, i) for i in rest if not matchers[i]._is_over]
+            if inner:
+                _executor(budget.num_threads).unsafe_compute_mask_ptr(inner, masks.ctypes.data, masks.strides[0], num_matchers)
+        except BaseException as error:  # find out which
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            for i in rest:
+                matchers[i].fill_mask(masks[i])
+            return
         has_any = np.any(masks, axis=1).tolist()
-        for i in range(num_matchers):
-            if i not in alone:
-                matchers[i]._finish_mask(masks[i], has_any[i])
+        for i in rest:
+            matchers[i]._finish_mask(masks[i], has_any[i])
 
     @property
     def _is_over(self) -> bool:
@@ -166,13 +161,14 @@ class LLGuidanceMatcher:
 class LLGuidanceGrammar:
     """Of one model: its vocabulary, and the tokens that end a text."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Sequence[int], num_threads: int = 1) -> None:
+        """`num_threads`: that compute the masks of one step."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_token_ids = tuple(end_token_ids)
         self._compiled: OrderedDict[StructuredOutput, LLGuidanceMatcher] = OrderedDict()
         self._lock = threading.Lock()  # of `_compiled`; nobody compiles under it
-        self._budget = MaskBudget()
+        self._budget = MaskBudget(num_threads=num_threads)
 
     def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> LLGuidanceMatcher:
         """Raises `InvalidGrammar`, with the compiler's words. Threads may call it; most of a compilation lets others run."""
@@ -229,7 +225,8 @@ class LLGuidanceGrammar:
 class _VocabularyView:
     """What llguidance's TokenizerWrapper reads. Special tokens are listed, so that no text can spell them."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Sequence[int], num_threads: int = 1) -> None:
+        """`num_threads`: that compute the masks of one step."""
         self._tokenizer = tokenizer
         self.bos_token_id = tokenizer.bos_token_id
         self.eos_token_id = end_token_ids[0]

@@ -8,6 +8,7 @@ sequences there are; and an ordinary mask is never charged. Knows no grammar.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -26,16 +27,17 @@ class Spender(Protocol):
 class MaskBudget:
     """Used by the thread that drives the engine."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, num_threads: int = 1) -> None:
+        """`num_threads`: that compute the masks of a step at once."""
+        self.num_threads = num_threads
         self._clock = clock
         self._seconds_left, self._time = SECONDS_AT_ONCE, clock()
         self._spent: WeakKeyDictionary[Spender, float] = WeakKeyDictionary()
-        self._turn = 0
+        self._lots = random.Random()
 
-    def take_turns(self, number: int) -> int:
-        """The number of turns that were taken before these."""
-        self._turn += number
-        return self._turn - number
+    def draw_lots(self, number: int, num_drawn: int) -> set[int]:
+        """Who of `number` pays this time. By chance, so that nobody can be slow just when others are looked at."""
+        return set(self._lots.sample(range(number), num_drawn))
 
     def charge(self, spender: Spender, seconds: float, weight: float = 1.0) -> None:
         """`spender` has taken `seconds` for a mask, which stands for `weight` masks. May call `give_up`, also of another."""

@@ -27,6 +27,7 @@ def server(tmp_path_factory):
     options = ["--model", str(model), "--max-num-seqs", "2", "--num-kv-blocks", "24", "--max-model-len", "300"]
     lifecycle = folder / "lifecycle.jsonl"
     options += ["--flight-recorder-dir", str(folder), "--lifecycle-file", str(lifecycle), "--num-threads", "1"]
+    options += ["--cpu-compute", "torch"]  # slow enough for a page to see what runs
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOVLLM_ADMIN_KEYS", ADMIN)
         patch.setenv("NANOVLLM_API_KEYS", USER)

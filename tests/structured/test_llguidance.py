@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import random
@@ -190,8 +191,9 @@ def test_nothing_allowed_is_an_error(byte_level):
 
 
 @pytest.mark.parametrize("number", [1, 7, 8, 30])
-def test_threads_fill_the_masks_that_one_would(number, byte_level, monkeypatch):
-    monkeypatch.setattr(llguidance_backend, "num_threads", lambda: 4)
+def test_threads_fill_the_masks_that_one_would(number):
+    byte_level = Model(byte_level_backend())
+    byte_level.grammar._budget = MaskBudget(num_threads=4)
     sources = [StructuredOutput("regex", f"a{{{i + 1}}}[b-{chr(99 + i % 20)}]+") for i in range(number)]
     a, size = byte_level.tokenizer.token_to_id("a"), (number, num_mask_words(byte_level.vocab_size))
     matchers, alone = ([byte_level.compile(source) for source in sources] for _ in range(2))
@@ -206,6 +208,76 @@ def test_threads_fill_the_masks_that_one_would(number, byte_level, monkeypatch):
                 assert matcher.accept(a) is None
 
 
+class Clock:
+    processor = wall = 0.0
+
+
+class Inner:
+    """A matcher of the library that allows everything, and takes its time by a clock of ours."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self.clock, self.seconds = clock, seconds
+
+    def unsafe_compute_mask_ptr(self, address: int, num_bytes: int) -> None:
+        ctypes.memset(address, 0xFF, num_bytes)
+        self.clock.processor += self.seconds
+        self.clock.wall += self.seconds
+
+    def is_error(self) -> bool:
+        return False
+
+
+def filled_by_threads(monkeypatch, seconds: list[float], num_steps: int, num_threads: int = 8) -> list[LLGuidanceMatcher]:
+    """Matchers after steps of 20 ms, of which the masks' time beyond that is on top."""
+    clock = Clock()
+
+    class Pool:
+        def unsafe_compute_mask_ptr(self, matchers: list[tuple[Inner, int]], address: int, stride: int, count: int) -> None:
+            for _, line in matchers:
+                ctypes.memset(address + line * stride, 0xFF, stride)
+            clock.wall += sum(inner.seconds for inner, _ in matchers) / num_threads
+
+    monkeypatch.setattr(llguidance_backend, "_executor", lambda _: Pool())
+    monkeypatch.setattr(llguidance_backend.time, "thread_time", lambda: clock.processor)
+    budget = MaskBudget(lambda: clock.wall, num_threads)
+    matchers = [LLGuidanceMatcher(Inner(clock, each), [7], True, budget) for each in seconds]
+    for _ in range(num_steps):
+        LLGuidanceMatcher.fill_together(matchers, np.zeros((len(matchers), 2), np.int32))
+        clock.wall += 0.02
+    return matchers
+
+
+@pytest.mark.parametrize("number", [16, 64, 256])
+def test_many_masks_that_threads_compute_in_time_end_nobody(number, monkeypatch):
+    matchers = filled_by_threads(monkeypatch, [0.002] * number, 300)
+    assert [matcher.error for matcher in matchers] == [None] * number
+
+
+def test_one_mask_that_is_slow_once_in_a_while_ends_nobody(monkeypatch):
+    matchers = filled_by_threads(monkeypatch, [0.04, *[0.0001] * 15], 8)
+    assert [matcher.error for matcher in matchers] == [None] * 16
+
+
+def test_slow_masks_among_many_are_found_and_end(monkeypatch):
+    matchers = filled_by_threads(monkeypatch, [*[0.05] * 8, *[0.0001] * 56], 600)
+    assert all(matcher.error for matcher in matchers[:8]) and not any(matcher.error for matcher in matchers[8:])
+
+
+def test_after_a_panic_in_the_threads_everybody_has_a_mask(monkeypatch):
+    class Panicking:
+        def unsafe_compute_mask_ptr(self, *_):
+            raise BaseException("as a panic")
+
+    monkeypatch.setattr(llguidance_backend, "_executor", lambda _: Panicking())
+    budget = MaskBudget(num_threads=4)
+    matchers = [LLGuidanceMatcher(Inner(Clock(), 0.0), [7], True, budget) for _ in range(8)]
+    for matcher in matchers[::2]:
+        matcher.give_up()
+    masks = np.zeros((8, 2), np.int32)
+    LLGuidanceMatcher.fill_together(matchers, masks)
+    assert masks[::2].tolist() == [[1 << 7, 0]] * 4 and masks[1::2].tolist() == [[-1, -1]] * 4
+
+
 def test_a_complete_text_may_be_asked_for_a_mask_and_stays_complete(byte_level):
     """A step that was dispatched before the end was known still draws."""
     matcher = byte_level.compile(StructuredOutput("regex", "a"))
@@ -217,11 +289,12 @@ def test_a_complete_text_may_be_asked_for_a_mask_and_stays_complete(byte_level):
 def test_grammars_that_get_slower_and_slower_are_ended_and_cost_a_step_so_much_however_many_they_are(
     number, threads, monkeypatch
 ):
-    monkeypatch.setattr(llguidance_backend, "num_threads", lambda: threads)
     monkeypatch.setattr(mask_budget, "FREE_SECONDS", 0.00005)
     monkeypatch.setattr(mask_budget, "SECONDS_AT_ONCE", 0.1)
     model = Model(byte_level_backend())
-    model.grammar._budget = MaskBudget(time.thread_time)  # a busy machine would refill it faster than this thread can spend
+    model.grammar._budget = MaskBudget(
+        time.thread_time, threads
+    )  # a busy machine would refill it faster than this thread can spend
     slow = [model.compile(StructuredOutput("grammar", 'start: x\nx: x x x | "a" | "b"')) for _ in range(number)]
     fast = model.compile(StructuredOutput("regex", "a+"))
     a = model.tokenizer.token_to_id("a")
