@@ -96,6 +96,8 @@ def test_what_contradicts_the_grammar_gives_way(temperature):
 def test_a_bit_is_a_token():
     masks, lines = penalties.upload_masks({0: Allows(0, 31, 32, 63, 130), 3: Allows(1)}, 5, VOCAB_SIZE, torch.device("cpu"))
     assert lines.tolist() == [0, -1, -1, 1, -1]
-    on_host = penalties._unpack(masks, VOCAB_SIZE)
-    assert on_host.shape == (2, VOCAB_SIZE)
-    assert on_host.nonzero().tolist() == [[0, 0], [0, 31], [0, 32], [0, 63], [0, 130], [1, 1]]
+    edit = penalties._keep_in_grammar_on_cpu([1, 4], masks.numpy(), VOCAB_SIZE)
+    batch = penalties.EditedLogits(torch.zeros(5, VOCAB_SIZE), [0] * 5, torch.zeros(5, 1))
+    edit(batch)
+    assert [row.nonzero()[:, 0].tolist() for row in batch.scores.isfinite()[[1, 4]]] == [[0, 31, 32, 63, 130], [1]]
+    assert batch.scores[[0, 2, 3]].isfinite().all()
