@@ -210,7 +210,7 @@ class TestPage:
         page.find("#key").send_keys(ADMIN)
         page.click("#live")
         page.wait(lambda: page.texts("#numbers dd"))
-        threads = [threading.Thread(target=complete, args=(server, 200)) for _ in range(6)]
+        threads = [threading.Thread(target=complete, args=(server, 200)) for _ in range(30)]  # some seconds of work
         for thread in threads:
             thread.start()
         page.wait(lambda: page.number("Running") == "2" and "rows" in page.texts("#reasons")[0])
