@@ -403,6 +403,7 @@ def parse_parameters(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def _parse(text: str) -> int | float | str:
+    """What is no number is text; `make_workload` refuses it by the parameter's name where a number belongs."""
     for kind in (int, float):
         try:
             return kind(text)
