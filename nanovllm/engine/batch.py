@@ -88,4 +88,4 @@ class StepResult:
     logprobs: list[PositionLogprobs | None] | None = None  # None: no row asked
     prompt_logprobs: dict[int, list[PositionLogprobs]] = field(default_factory=dict)  # chunk index -> its positions' targets
     embeddings: dict[int, list[float]] = field(default_factory=dict)  # chunk index -> the vector of the prompt that it ended
-    forward_ns: int = 0  # the device's time for the forward pass and the sampler, nanoseconds
+    forward_ns: int = 0  # the device's time, nanoseconds; on a GPU without a draw that waited for grammars
