@@ -157,6 +157,7 @@ class ModelRunner:
             max_num_seqs=max_num_seqs,
             max_tokens=max_tokens,
             spare_row=self.state.spare_row,
+            vocab_size=self.model.spec.vocab_size,
         )
 
     def _replay(self, batch: ScheduledBatch) -> PendingStep | None:

@@ -27,9 +27,9 @@ from nanovllm.attention.triton_paged import ITEM_FIELDS, TritonAttention, Triton
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.kernels.draw_token import draw_tokens
 from nanovllm.log import degraded, logger
-from nanovllm.sampling.penalties import upload_masks
+from nanovllm.sampling.penalties import write_masks
 from nanovllm.sampling.sampler import SampledTokens
-from nanovllm.structured.base import Matchers
+from nanovllm.structured.base import Matchers, num_mask_words
 
 
 @dataclass(slots=True)
@@ -121,6 +121,23 @@ def mixed_sizes(max_tokens: int) -> list[int]:
     return sorted({size for size in sizes if size < max_tokens} | {max_tokens})
 
 
+class MaskBuffer:
+    """What grammars allow in one step, on the device: at one address, so that a graph can draw under it."""
+
+    def __init__(self, max_num_samples: int, vocab_size: int, device: torch.device) -> None:
+        self._num_mask_words = num_mask_words(vocab_size)
+        self._first_mask = -(-max_num_samples // 4) * 4  # aligned to 16 bytes
+        num_words = self._first_mask + max_num_samples * self._num_mask_words
+        self._buffer = torch.full((num_words,), -1, dtype=torch.int32, device=device)
+        self._staging = Staging(num_words)
+        self.lines = self._buffer[:max_num_samples]  # [max_num_samples] of each sample, -1 without a mask
+        self.masks = self._buffer[self._first_mask :].view(max_num_samples, -1)  # [max_num_samples, num_mask_words]
+
+    def send(self, matchers: Matchers) -> None:
+        target = self._buffer[: self._first_mask + len(matchers) * self._num_mask_words]
+        self._staging.send(lambda words: write_masks(matchers, words, self._first_mask), target)
+
+
 @dataclass(frozen=True, slots=True)
 class Replayed:
     """A replayed step, in static buffers: until the next one is replayed."""
@@ -129,15 +146,22 @@ class Replayed:
     token_ids: Tensor  # [num_samples] int64
     step: StepTensors
     token_table: Tensor
+    allowed: MaskBuffer
+    draw: torch.cuda.CUDAGraph | None = None  # of `draw_allowed`
 
     def draw_under(self, matchers: Matchers) -> SampledTokens:
         """Draw again, over the tokens that the graph has drawn: now the grammars know what may come."""
-        num_samples, vocab_size = self.logits.shape
-        masks, lines = upload_masks(matchers, num_samples, vocab_size, self.logits.device)
-        step = self.step
-        places = step.sample_rows, step.sample_positions, self.token_table
-        draw_tokens(self.logits, step.inverse_temperature, step.keys, *places, self.token_ids, masks, lines)
+        self.allowed.send(matchers)
+        if self.draw is None:
+            self.draw_allowed()
+        else:
+            self.draw.replay()
         return SampledTokens(self.token_ids, None)
+
+    def draw_allowed(self) -> None:
+        step, allowed = self.step, self.allowed
+        places = step.sample_rows, step.sample_positions, self.token_table
+        draw_tokens(self.logits, step.inverse_temperature, step.keys, *places, self.token_ids, allowed.masks, allowed.lines)
 
 
 class AnyToken:
@@ -163,6 +187,7 @@ class CudaGraphs:
         max_num_seqs: int,
         max_tokens: int,
         spare_row: int,
+        vocab_size: int,
     ) -> None:
         self.forward_step = forward_step
         self.backend = backend
@@ -176,6 +201,7 @@ class CudaGraphs:
         self._buffers: dict[Bucket, Tensor] = {}
         self._padding: dict[Bucket, np.ndarray] = {}
         self._staging = Staging(max(bucket.num_words for bucket in [*self.decode_buckets, *self.mixed_buckets]))
+        self._allowed = MaskBuffer(max_num_seqs, vocab_size, self.device)
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Replayed]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -204,7 +230,7 @@ class CudaGraphs:
     def run_padding(self, bucket: Bucket) -> Replayed:
         tensors = self._views(bucket, torch.from_numpy(self._empty(bucket)).to(self.device))
         token_ids = torch.zeros(bucket.num_samples, dtype=torch.int64, device=self.device)
-        return Replayed(self.forward_step(tensors, token_ids), token_ids, tensors, self.token_table)
+        return Replayed(self.forward_step(tensors, token_ids), token_ids, tensors, self.token_table, self._allowed)
 
     def capture_all(self) -> None:
         """Smallest first. Running out of memory drops the larger buckets; another failure drops them all."""
@@ -228,11 +254,14 @@ class CudaGraphs:
         token_ids = torch.zeros(bucket.num_samples, dtype=torch.int64, device=self.device)
         self.forward_step(tensors, token_ids)  # compiles the kernels, and lets libraries allocate
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        graph, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             logits = self.forward_step(tensors, token_ids)
+        replayed = Replayed(logits, token_ids, tensors, self.token_table, self._allowed, draw)
+        with torch.cuda.graph(draw, pool=self._pool):
+            replayed.draw_allowed()
         self._buffers[bucket] = buffer
-        self._graphs[bucket] = graph, Replayed(logits, token_ids, tensors, self.token_table)
+        self._graphs[bucket] = graph, replayed
 
     def _empty(self, bucket: Bucket) -> np.ndarray:
         """[num_words] int32: a step of nothing but padding. Not to be written to."""

@@ -246,17 +246,20 @@ def upload_masks(matchers: Matchers, num_samples: int, vocab_size: int, device: 
 
     A sample without a mask has the line -1. One copy, of bits, because bytes would be 8 times as many.
     """
-    first_mask = -(-num_samples // 4) * 4  # 16 bytes are one kind of pointer: a kernel is compiled for each
-    num_words = len(matchers) * num_mask_words(vocab_size)
-    on_host = torch.empty(first_mask + num_words, dtype=torch.int32, pin_memory=device.type == "cuda")
-    words = on_host.numpy()  # filled by one thread: torch would wake all of its own for a megabyte
-    lines, masks = words[:num_samples], words[first_mask:].reshape(len(matchers), -1)
+    num_words = num_samples + len(matchers) * num_mask_words(vocab_size)
+    on_host = torch.empty(num_words, dtype=torch.int32, pin_memory=device.type == "cuda")
+    write_masks(matchers, on_host.numpy(), num_samples)
+    on_device = on_host.to(device, non_blocking=True)
+    return on_device[num_samples:].view(len(matchers), -1), on_device[:num_samples]
+
+
+def write_masks(matchers: Matchers, words: np.ndarray, first_mask: int) -> None:
+    """Lines of samples, then from `first_mask` on the masks: [first_mask + m * num_mask_words] int32."""
+    lines, masks = words[:first_mask], words[first_mask:].reshape(len(matchers), -1)
     lines.fill(-1)
     lines[list(matchers)] = np.arange(len(matchers))
-    masks.fill(0)
+    masks.fill(0)  # by one thread: torch would wake all of its own for a megabyte
     fill_masks(list(matchers.values()), masks)
-    on_device = on_host.to(device, non_blocking=True)
-    return on_device[first_mask:].view(len(matchers), -1), on_device[:num_samples]
 
 
 def _forbid_where(condition: Tensor, scores: Tensor, samples: Tensor, tokens: Tensor) -> None:

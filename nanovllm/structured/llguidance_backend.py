@@ -14,6 +14,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache, cached_property
+from itertools import count
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 
 MIN_TOGETHER = 4  # masks; below, waking threads costs more than it saves
 MASKS_PER_SAMPLE = 16
+FEW_WORDS = 64  # of a mask: single bytes are among the first tokens
 
 
 @cache
@@ -45,8 +48,12 @@ def _executor(num_threads: int) -> Any:
 
 
 class LLGuidanceMatcher:
-    def __init__(self, inner: Any, end_token_ids: Sequence[int], can_end_early: bool, budget: MaskBudget) -> None:
+    def __init__(
+        self, inner: Any, end_token_ids: Sequence[int], can_end_early: bool, budget: MaskBudget, strand: int = 0
+    ) -> None:
+        """`strand`: matchers of one grammar and one strand wait for each other, because they share what they learn."""
         self.error: str | None = None
+        self.strand = strand
         self._is_complete = False
         self._inner = inner
         self._end_token_ids = end_token_ids
@@ -56,7 +63,7 @@ class LLGuidanceMatcher:
 
     def fork(self, can_end_early: bool, budget: MaskBudget) -> LLGuidanceMatcher:
         """The same place, to go on independently."""
-        return LLGuidanceMatcher(self._inner.deep_copy(), self._end_token_ids, can_end_early, budget)
+        return LLGuidanceMatcher(self._inner.deep_copy(), self._end_token_ids, can_end_early, budget, self.strand)
 
     def give_up(self) -> None:
         self._fail("it is too ambiguous: finding the next tokens takes too long")
@@ -80,7 +87,8 @@ class LLGuidanceMatcher:
     def fill_together(matchers: Sequence[LLGuidanceMatcher], masks: np.ndarray) -> None:
         """`fill_mask` of each, in threads of the library, which do not take turns for Python's lock as ours would.
 
-        What one of them takes is then not known. So a few are filled alone, drawn by lot each time, and pay for all.
+        What one of them takes is then not known. Once all have taken longer than one may, a few are filled alone for some
+        steps, drawn by lot each time, and pay for all.
         """
         num_matchers, budget = len(matchers), matchers[0]._budget
         if num_matchers < MIN_TOGETHER or budget.num_threads == 1:
@@ -89,23 +97,28 @@ class LLGuidanceMatcher:
             return
         num_alone = -(-num_matchers // MASKS_PER_SAMPLE)
         alone = budget.draw_lots(num_matchers, num_alone)
-        weight = 1 + (num_matchers - num_alone) / budget.num_threads / num_alone  # a step waits for all, but many go at once
-        for i in alone:
-            matchers[i].fill_mask(masks[i], weight)
+        if alone:
+            weight = 1 + (num_matchers - num_alone) / budget.num_threads / num_alone  # a step waits for all, but many go at once
+            for i in alone:
+                matchers[i].fill_mask(masks[i], weight)
         rest = [i for i in range(num_matchers) if i not in alone]
+        inner = [(matchers[i].strand, matchers[i]._inner, i) for i in rest if not matchers[i]._is_over]
+        inner.sort(key=itemgetter(0))  # neighbours in the list go to one thread
         try:
-            inner = [(matchers[i]._inner, i) for i in rest if not matchers[i]._is_over]
             if inner:
-                _executor(budget.num_threads).unsafe_compute_mask_ptr(inner, masks.ctypes.data, masks.strides[0], num_matchers)
+                started = budget.clock()
+                together = [(one, i) for _, one, i in inner]
+                _executor(budget.num_threads).unsafe_compute_mask_ptr(together, masks.ctypes.data, masks.strides[0], num_matchers)
+                budget.note_together(len(inner), budget.clock() - started)
         except BaseException as error:  # find out which
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             for i in rest:
                 matchers[i].fill_mask(masks[i])
             return
-        has_any = np.any(masks, axis=1).tolist()
+        has_any = masks[:, :FEW_WORDS].any(axis=1).tolist()
         for i in rest:
-            matchers[i]._finish_mask(masks[i], has_any[i])
+            matchers[i]._finish_mask(masks[i], has_any[i] or bool(masks[i].any()))
 
     @property
     def _is_over(self) -> bool:
@@ -113,8 +126,11 @@ class LLGuidanceMatcher:
         return self._is_complete or self.error is not None
 
     def _finish_mask(self, mask: np.ndarray, has_any: bool) -> None:
-        if not self._is_over:
-            self._check(has_any)
+        if self.error is None and not self._is_complete:
+            if self._inner.is_error():
+                self._fail(_first_part(self._inner.get_error()))
+            elif not has_any:
+                self._fail("no token fits here")
         if self._is_complete:
             self._add_ends(mask)
         elif self.error is not None:
@@ -134,12 +150,6 @@ class LLGuidanceMatcher:
         else:
             self._is_complete = self._inner.is_stopped()
         return "stop" if self._is_complete else None
-
-    def _check(self, has_any: bool) -> None:
-        if self._inner.is_error():
-            self._fail(_first_part(self._inner.get_error()))
-        elif not has_any:
-            self._fail("no token fits here")
 
     def _fail(self, message: str) -> None:
         self.error = self.error or message
@@ -166,23 +176,26 @@ class LLGuidanceGrammar:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_token_ids = tuple(end_token_ids)
-        self._compiled: OrderedDict[StructuredOutput, LLGuidanceMatcher] = OrderedDict()
+        self._compiled: OrderedDict[StructuredOutput, list[LLGuidanceMatcher]] = OrderedDict()  # strands, next first
+        self._strand_numbers = count()
         self._lock = threading.Lock()  # of `_compiled`; nobody compiles under it
         self._budget = MaskBudget(num_threads=num_threads)
 
     def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> LLGuidanceMatcher:
         """Raises `InvalidGrammar`, with the compiler's words. Threads may call it; most of a compilation lets others run."""
         with self._lock:
-            compiled = self._compiled.get(structured)
-        if compiled is None:
+            strands = self._compiled.get(structured, [])
+        fresh = []
+        if len(strands) < self._budget.num_threads:  # a thread waits for nobody who has a strand of his own
             check_limits(structured)
-            compiled = self._compile(structured)
+            fresh.append(self._compile(structured))
         with self._lock:
-            self._compiled[structured] = compiled
+            strands = self._compiled[structured] = [*fresh, *self._compiled.get(structured, strands)]
             self._compiled.move_to_end(structured)
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
-            return compiled.fork(can_end_early, self._budget)
+            strands.append(strands.pop(0))
+            return strands[-1].fork(can_end_early, self._budget)
 
     def _compile(self, structured: StructuredOutput) -> LLGuidanceMatcher:
         library, vocabulary = self._library, self._vocabulary
@@ -195,7 +208,7 @@ class LLGuidanceGrammar:
         if inner.is_error():
             raise InvalidGrammar(f"{structured.kind}: {_first_part(inner.get_error())}")
         unused = MaskBudget()  # this mask counts as compilation
-        matcher = LLGuidanceMatcher(inner, self._end_token_ids, True, unused)
+        matcher = LLGuidanceMatcher(inner, self._end_token_ids, True, unused, next(self._strand_numbers))
         first = matcher.fork(True, unused)
         first.fill_mask(np.zeros(num_mask_words(self._vocab_size), dtype=np.int32))
         if first.error is not None:

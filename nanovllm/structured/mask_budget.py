@@ -15,9 +15,11 @@ from typing import Protocol
 from weakref import WeakKeyDictionary
 
 FREE_SECONDS = 0.001  # of processor time, per mask; usual ones take less than half of it
+USUAL_SECONDS = 0.00005
 SECONDS_AT_ONCE = 0.5
 SHARE_OF_TIME = 0.5  # that slow masks may take: the other steps take at most twice as long
 SECONDS_PER_ENDED = 0.05  # given back when a sequence ends, so that not all end at once
+NUM_STEPS_WATCHED = 16  # after one whose masks took long
 
 
 class Spender(Protocol):
@@ -30,13 +32,25 @@ class MaskBudget:
     def __init__(self, clock: Callable[[], float] = time.monotonic, num_threads: int = 1) -> None:
         """`num_threads`: that compute the masks of a step at once."""
         self.num_threads = num_threads
-        self._clock = clock
+        self.clock = clock
         self._seconds_left, self._time = SECONDS_AT_ONCE, clock()
         self._spent: WeakKeyDictionary[Spender, float] = WeakKeyDictionary()
         self._lots = random.Random()
+        self._num_steps_to_watch = 0
+
+    def note_together(self, num_masks: int, seconds: float) -> None:
+        """What a step has waited for masks that threads computed. Nobody was slow if it was not long."""
+        if seconds > FREE_SECONDS + USUAL_SECONDS * num_masks / self.num_threads:
+            self._num_steps_to_watch = NUM_STEPS_WATCHED
 
     def draw_lots(self, number: int, num_drawn: int) -> set[int]:
-        """Who of `number` pays this time. By chance, so that nobody can be slow just when others are looked at."""
+        """Who of `number` pays this time: nobody while masks come soon.
+
+        By chance, so that nobody can be slow just when others are looked at.
+        """
+        if not self._num_steps_to_watch:
+            return set()
+        self._num_steps_to_watch -= 1
         return set(self._lots.sample(range(number), num_drawn))
 
     def charge(self, spender: Spender, seconds: float, weight: float = 1.0) -> None:
@@ -44,7 +58,7 @@ class MaskBudget:
         excess = (seconds - FREE_SECONDS) * weight
         if excess <= 0:
             return
-        now = self._clock()
+        now = self.clock()
         refilled = self._seconds_left + SHARE_OF_TIME * (now - self._time)
         self._seconds_left, self._time = min(SECONDS_AT_ONCE, refilled) - excess, now
         self._spent[spender] = self._spent.get(spender, 0.0) + excess

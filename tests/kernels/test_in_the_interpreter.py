@@ -92,7 +92,7 @@ def capture(self: CudaGraphs, bucket: Bucket) -> None:
     logits = self.forward_step(tensors, token_ids)
     graph: Any = Graph(lambda: self.forward_step(tensors, token_ids), logits)
     self._buffers[bucket] = buffer
-    self._graphs[bucket] = graph, Replayed(logits, token_ids, tensors, self.token_table)
+    self._graphs[bucket] = graph, Replayed(logits, token_ids, tensors, self.token_table, self._allowed)
 
 
 def warm_up(runner: Any, backend: TritonAttention, config: EngineConfig, plan: Any, platform: Any, spec: Any, dtype: Any, _: Any):

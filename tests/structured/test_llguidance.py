@@ -208,6 +208,26 @@ def test_threads_fill_the_masks_that_one_would(number):
                 assert matcher.accept(a) is None
 
 
+def test_each_thread_gets_its_own_copy_of_a_grammar():
+    """Copies of one compiled grammar share what they learn, under a lock: threads would wait for each other."""
+    byte_level = Model(byte_level_backend())
+    byte_level.grammar._budget = MaskBudget(num_threads=3)
+    source, other = StructuredOutput("regex", "a+"), StructuredOutput("regex", "b+")
+    strands = [byte_level.compile(source).strand for _ in range(9)]
+    assert strands[:3] == strands[3:6] == strands[6:] and len(set(strands)) == 3
+    assert byte_level.compile(other).strand not in strands
+
+
+def test_lots_are_drawn_only_after_masks_have_taken_long():
+    budget = MaskBudget(num_threads=4)
+    budget.note_together(64, FREE_SECONDS)
+    assert budget.draw_lots(64, 4) == set()
+    budget.note_together(64, 2 * FREE_SECONDS)
+    assert [len(budget.draw_lots(64, 4)) for _ in range(mask_budget.NUM_STEPS_WATCHED + 2)] == [
+        4
+    ] * mask_budget.NUM_STEPS_WATCHED + [0, 0]
+
+
 class Clock:
     processor = wall = 0.0
 
@@ -290,11 +310,12 @@ def test_grammars_that_get_slower_and_slower_are_ended_and_cost_a_step_so_much_h
     number, threads, monkeypatch
 ):
     monkeypatch.setattr(mask_budget, "FREE_SECONDS", 0.00005)
+    monkeypatch.setattr(mask_budget, "USUAL_SECONDS", 0.000005)
     monkeypatch.setattr(mask_budget, "SECONDS_AT_ONCE", 0.1)
     model = Model(byte_level_backend())
     model.grammar._budget = MaskBudget(
-        time.thread_time, threads
-    )  # a busy machine would refill it faster than this thread can spend
+        time.process_time, threads
+    )  # a busy machine would refill it faster than these threads spend
     slow = [model.compile(StructuredOutput("grammar", 'start: x\nx: x x x | "a" | "b"')) for _ in range(number)]
     fast = model.compile(StructuredOutput("regex", "a+"))
     a = model.tokenizer.token_to_id("a")
