@@ -149,6 +149,7 @@ class Replayed:
     allowed: MaskBuffer
     draw: torch.cuda.CUDAGraph | None = None  # of `draw_allowed`
 
+    @torch.inference_mode()
     def draw_under(self, matchers: Matchers) -> SampledTokens:
         """Draw again, over the tokens that the graph has drawn: now the grammars know what may come."""
         self.allowed.send(matchers)
