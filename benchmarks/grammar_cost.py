@@ -35,7 +35,8 @@ FORMS = {
             "additionalProperties": False,
         },
     ),
-    "regex": StructuredOutput("regex", r"([A-Z][a-z]{1,11} ){40,}"),
+    "regex": StructuredOutput("regex", r"([0-9]{4}-[0-9]{2}-[0-9]{2} [a-z]+\n)*"),
+    "counted_regex": StructuredOutput("regex", r"([A-Z][a-z]{1,11} ){40,}"),  # each word and letter is a state of its own
     "grammar": StructuredOutput("grammar", 'start: NUM ("+" NUM){30,}\nNUM: /[0-9]{1,3}/'),
 }
 
@@ -95,7 +96,7 @@ def measure(llm: LLM, num_sequences: int, arguments: argparse.Namespace) -> dict
         if structured is not None:
             rows[name]["share"] = round(statistics.median(steps[name]) / without - 1, 4)
             rows[name] |= parts_us(llm, structured, num_sequences, arguments.tokens)
-        print(f"{num_sequences:4} sequences  {name:12} {rows[name]}", flush=True)
+        print(f"{num_sequences:4} sequences  {name:13} {rows[name]}", flush=True)
     return rows
 
 

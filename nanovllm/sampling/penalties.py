@@ -258,7 +258,6 @@ def write_masks(matchers: Matchers, words: np.ndarray, first_mask: int) -> None:
     lines, masks = words[:first_mask], words[first_mask:].reshape(len(matchers), -1)
     lines.fill(-1)
     lines[list(matchers)] = np.arange(len(matchers))
-    masks.fill(0)  # by one thread: torch would wake all of its own for a megabyte
     fill_masks(list(matchers.values()), masks)
 
 

@@ -26,7 +26,7 @@ class Matcher(Protocol):
     error: str | None  # what went wrong
 
     def fill_mask(self, mask: np.ndarray) -> None:
-        """Set the bits of the tokens that may come next: [num_mask_words] int32, zeros before."""
+        """Write all of it, [num_mask_words] int32: the bits of the tokens that may come next are 1, the others 0."""
         ...
 
     def accept(self, token_id: int) -> str | None:
@@ -41,7 +41,7 @@ Matchers = Mapping[int, Matcher]  # by the sample that has to follow them
 
 
 def fill_masks(matchers: Sequence[Matcher], masks: np.ndarray) -> None:
-    """Line i of `masks`, [number of matchers, num_mask_words] int32 and 0 before, is what matcher i allows: its bits are set.
+    """Write what matcher i allows to line i of `masks`, [number of matchers, num_mask_words] int32.
 
     A grammar engine that has something better than one after the other brings it as `fill_together` of its matchers.
     """

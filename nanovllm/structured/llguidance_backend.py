@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache, cached_property
 from itertools import count
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,7 @@ class LLGuidanceMatcher:
     def fill_mask(self, mask: np.ndarray, weight: float = 1.0) -> None:
         """`weight`: how many masks of the budget this one stands for."""
         if self._is_over:
-            self._add_ends(mask)
+            self._finish_mask(mask)
             return
         started = time.thread_time()
         try:
@@ -81,7 +80,7 @@ class LLGuidanceMatcher:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             self._fail(f"the grammar engine failed: {error!r}")
-        self._finish_mask(mask, bool(mask.any()))
+        self._finish_mask(mask)
 
     @staticmethod
     def fill_together(matchers: Sequence[LLGuidanceMatcher], masks: np.ndarray) -> None:
@@ -97,45 +96,47 @@ class LLGuidanceMatcher:
             return
         num_alone = -(-num_matchers // MASKS_PER_SAMPLE)
         alone = budget.draw_lots(num_matchers, num_alone)
-        if alone:
-            weight = 1 + (num_matchers - num_alone) / budget.num_threads / num_alone  # a step waits for all, but many go at once
-            for i in alone:
-                matchers[i].fill_mask(masks[i], weight)
-        rest = [i for i in range(num_matchers) if i not in alone]
-        inner = [(matchers[i].strand, matchers[i]._inner, i) for i in rest if not matchers[i]._is_over]
-        inner.sort(key=itemgetter(0))  # neighbours in the list go to one thread
+        weight = 1 + (num_matchers - num_alone) / budget.num_threads / num_alone  # a step waits for all, but many go at once
+        for i in alone:
+            matchers[i].fill_mask(masks[i], weight)
+        rest = [(i, matcher) for i, matcher in enumerate(matchers) if i not in alone]
+        running = [(matcher.strand, i, matcher._inner) for i, matcher in rest if not matcher._is_over]
+        running.sort()  # neighbours in the list go to one thread
         try:
-            if inner:
+            if running:
+                together = [(inner, i) for _, i, inner in running]
                 started = budget.clock()
-                together = [(one, i) for _, one, i in inner]
                 _executor(budget.num_threads).unsafe_compute_mask_ptr(together, masks.ctypes.data, masks.strides[0], num_matchers)
-                budget.note_together(len(inner), budget.clock() - started)
+                budget.note_together(len(together), budget.clock() - started)
         except BaseException as error:  # find out which
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            for i in rest:
-                matchers[i].fill_mask(masks[i])
+            for i, matcher in rest:
+                matcher.fill_mask(masks[i])
             return
         has_any = masks[:, :FEW_WORDS].any(axis=1).tolist()
-        for i in rest:
-            matchers[i]._finish_mask(masks[i], has_any[i] or bool(masks[i].any()))
+        for i, matcher in rest:
+            if matcher._needs_finishing or not has_any[i]:
+                matcher._finish_mask(masks[i])
 
     @property
     def _is_over(self) -> bool:
         """A step in flight may still draw for it; nobody reads that token."""
         return self._is_complete or self.error is not None
 
-    def _finish_mask(self, mask: np.ndarray, has_any: bool) -> None:
-        if self.error is None and not self._is_complete:
+    @property
+    def _needs_finishing(self) -> bool:
+        return self._is_over or not self._can_end_early or self._inner.is_error()
+
+    def _finish_mask(self, mask: np.ndarray) -> None:
+        if not self._is_over:
             if self._inner.is_error():
                 self._fail(_first_part(self._inner.get_error()))
-            elif not has_any:
+            elif not mask.any():
                 self._fail("no token fits here")
-        if self._is_complete:
+        if self._is_over:  # what is drawn, and then refused or not read, is no text
+            mask.fill(0)
             self._add_ends(mask)
-        elif self.error is not None:
-            mask[:] = 0
-            self._add_ends(mask)  # so that what is drawn, and then refused, is no text
         elif not self._can_end_early:
             self._drop_ends(mask)
 

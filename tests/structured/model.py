@@ -41,7 +41,7 @@ def answer(llm: LLM, params: SamplingParams, text: str = "Describe a person as J
 
 
 def allowed_tokens(matcher: Matcher, vocab_size: int) -> list[int]:
-    mask = np.zeros(num_mask_words(vocab_size), dtype=np.int32)
+    mask = np.full(num_mask_words(vocab_size), 0x55AA55AA, dtype=np.int32)  # what was there before
     matcher.fill_mask(mask)
     return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
 

@@ -35,6 +35,7 @@ class RuleMatcher:
     def fill_mask(self, mask: np.ndarray) -> None:
         assert self.error or self.num_masks == len(self.tokens), "a mask was asked for while a token was under way"
         self.num_masks += 1
+        mask.fill(0)
         for token in self.allowed():
             mask[token // 32] |= np.uint32(1 << token % 32).view(np.int32)
 
