@@ -307,6 +307,8 @@ class TestBuilding:
         monkeypatch.setenv("NANOVLLM_CPU_ISA", "amx")
         with pytest.raises(ConfigError, match=r"NANOVLLM_CPU_ISA='amx'.* lacks amx_int8$"):
             build.best_instruction_set()
+        with pytest.raises(ConfigError, match=r"^amx instructions .* lacks amx_int8$"):
+            build.load_step("amx")
 
     @pytest.mark.parametrize("is_permitted", [True, False])
     def test_tiles_are_chosen_where_the_kernel_permits_them(self, monkeypatch, is_permitted):

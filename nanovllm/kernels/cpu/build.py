@@ -82,6 +82,8 @@ def may_use_tiles() -> bool:
 def load_step(instruction_set: str | None = None, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     """The library for this processor, built if it has to be; None, and a log line, where that is impossible."""
     instruction_set = instruction_set or best_instruction_set()
+    if reason := why_not(instruction_set):  # its first instruction would end the process
+        raise ConfigError(f"{instruction_set} instructions cannot be had here: {reason}")
     compiler = find_compiler()
     if compiler is None:
         degraded("compiled_step", "no C++ compiler (%s): the torch path runs", ", ".join(COMPILERS))
