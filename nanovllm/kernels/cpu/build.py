@@ -48,7 +48,7 @@ def best_instruction_set() -> str:
     """What this machine has, unless NANOVLLM_CPU_ISA says otherwise."""
     forced = os.environ.get("NANOVLLM_CPU_ISA")
     if forced is None:
-        return available_instruction_sets()[0]
+        return next(name for name in INSTRUCTION_SETS if not why_not(name))
     if forced not in INSTRUCTION_SETS:
         raise ConfigError(f"NANOVLLM_CPU_ISA={forced!r} is not one of {', '.join(INSTRUCTION_SETS)}")
     if reason := why_not(forced):
@@ -57,7 +57,7 @@ def best_instruction_set() -> str:
 
 
 def available_instruction_sets() -> list[str]:
-    """Best first; the last is always "portable"."""
+    """Best first; "portable" is always among them."""
     return [name for name in INSTRUCTION_SETS if not why_not(name)]
 
 
