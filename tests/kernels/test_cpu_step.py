@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kernels.instruction_sets import AVAILABLE, EMULATED, HERE, WITH_TILES, WITHOUT_TILES
 from torch import Tensor
 
 from nanovllm.errors import ConfigError
@@ -31,12 +32,10 @@ from nanovllm.loaders.gguf_blocks import dequantize
 from nanovllm.loaders.gguf_file import TENSOR_TYPES, TensorType
 from nanovllm.log import logger
 from nanovllm.models.compiled_decoder import CompiledDecoder
-from nanovllm.platforms.cpu import cpu_flags
 from nanovllm.sampling.draw import LIMITS, Group, build_groups, draw, limits_of
 from nanovllm.sampling.gumbel import draw_keys, token_hashes
 from nanovllm.sampling_params import SamplingParams
 
-HERE = [name for name, (needed, _) in build.INSTRUCTION_SETS.items() if needed <= cpu_flags()]
 PACKERS = [pack_bfloat16, pack_int8_group, pack_int4_group]
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
 
@@ -120,6 +119,36 @@ class TestProducts:
         out = multiply(matrix, x, instruction_set)
         assert not out[1:4].isfinite().any()
         assert torch.equal(out[[0, 4]], expected[[0, 4]])
+
+
+class TestTiles:
+    """16 rows of activations by 16 channels in one instruction, where that is worth it."""
+
+    @pytest.mark.parametrize("pack", [pack_int8_group, pack_int4_group])
+    @pytest.mark.parametrize("num_rows", [1, 3, 4, 9, 16, 19, 20, 33, 63, 64, 65, 70, 150])
+    def test_give_the_same_bits_as_registers_for_integers(self, pack, num_rows):
+        matrix, x = pack(random(50, 500)), random(num_rows, 500, seed=1)
+        assert torch.equal(multiply(matrix, x, WITH_TILES), multiply(matrix, x, WITHOUT_TILES))
+
+    @pytest.mark.parametrize("pack", PACKERS)
+    def test_of_a_row_are_the_same_bits_for_any_number_of_rows(self, pack):
+        matrix, x = pack(random(50, 500)), random(150, 500, seed=1)
+        every = multiply(matrix, x, WITH_TILES)
+        for num_rows in (1, 2, 3, 4, 5, 15, 16, 17, 20, 31, 32, 48, 49, 64, 65, 100, 149):
+            assert torch.equal(every[:num_rows], multiply(matrix, x[:num_rows].contiguous(), WITH_TILES))
+            last = x[-num_rows:].contiguous()
+            assert torch.equal(every[-num_rows:], multiply(matrix, last, WITH_TILES, num_threads=2))
+
+    @pytest.mark.skipif(WITH_TILES != EMULATED, reason="the processor has tiles, and does not count")
+    @pytest.mark.parametrize("pack", PACKERS)
+    def test_multiply_all_rows_of_bfloat16_and_from_four_rows_on_integers(self, pack):
+        count = ctypes.CDLL(library(EMULATED)._name).emulated_tile_products
+        matrix, num_groups = pack(random(16, 70)), 3
+        is_bfloat16 = matrix.kind == Kind.BFLOAT16
+        for num_rows, num_tiles in ((1, is_bfloat16), (3, is_bfloat16), (4, 1), (19, 1 + is_bfloat16), (20, 2), (64, 4)):
+            before = count()
+            multiply(matrix, random(num_rows, 70), EMULATED)
+            assert count() - before == num_tiles * num_groups
 
 
 @pytest.mark.parametrize("instruction_set", HERE)
@@ -272,6 +301,25 @@ class TestBuilding:
         with pytest.raises(ConfigError, match="portable"):
             build.best_instruction_set()
 
-    @pytest.mark.parametrize("instruction_set", HERE)
+    def test_what_the_processor_lacks_is_refused_and_not_chosen(self, monkeypatch):
+        monkeypatch.setattr(build, "cpu_flags", lambda: build.AMX_FEATURES - {"amx_int8"})
+        assert build.best_instruction_set() == "avx512-bf16"
+        monkeypatch.setenv("NANOVLLM_CPU_ISA", "amx")
+        with pytest.raises(ConfigError, match=r"NANOVLLM_CPU_ISA='amx'.* lacks amx_int8$"):
+            build.best_instruction_set()
+        with pytest.raises(ConfigError, match=r"^amx instructions .* lacks amx_int8$"):
+            build.load_step("amx")
+
+    @pytest.mark.parametrize("is_permitted", [True, False])
+    def test_tiles_are_chosen_where_the_kernel_permits_them(self, monkeypatch, is_permitted):
+        monkeypatch.setattr(build, "cpu_flags", lambda: build.AMX_FEATURES)
+        monkeypatch.setattr(build, "may_use_tiles", lambda: is_permitted)
+        assert build.best_instruction_set() == ("amx" if is_permitted else "avx512-bf16")
+        monkeypatch.setenv("NANOVLLM_CPU_ISA", "amx")
+        if not is_permitted:
+            with pytest.raises(ConfigError, match=r"NANOVLLM_CPU_ISA='amx'.* does not permit tiles"):
+                build.best_instruction_set()
+
+    @pytest.mark.parametrize("instruction_set", AVAILABLE)
     def test_a_library_says_what_it_is(self, instruction_set):
         assert library(instruction_set).nanovllm_instruction_set().decode() == instruction_set

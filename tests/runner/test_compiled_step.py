@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from kernels.instruction_sets import HERE, WITH_TILES
 from kernels.test_cpu_step import rounded, unpack
 from models.toys import CPU, Driver, make_toy
 from support import assert_nothing_is_held, drain
@@ -34,11 +35,10 @@ from nanovllm.model_spec import ModelSpec
 from nanovllm.models.compiled_decoder import CompiledDecoder, natural_compute
 from nanovllm.models.registry import find_family, read_model_spec
 from nanovllm.parallel.group import ParallelGroup
-from nanovllm.platforms.cpu import CpuPlatform, cpu_flags
+from nanovllm.platforms.cpu import CpuPlatform
 from nanovllm.sampling_params import SamplingParams
 
 COMPUTES = ["bf16", "int8", "int4"]
-HERE = [name for name, (needed, _) in build.INSTRUCTION_SETS.items() if needed <= cpu_flags()]
 TOYS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 96, "attention_bias": True},  # heads of 16, biases everywhere
     "qwen2": {"hidden_size": 96, "num_key_value_heads": 6, "tie_word_embeddings": True},  # no grouping
@@ -157,13 +157,14 @@ def test_instruction_sets_agree_with_the_portable_one(family, compute, instructi
     assert (ours - theirs).norm() / theirs.norm() < TIES
 
 
+@pytest.mark.parametrize("instruction_set", sorted({HERE[0], WITH_TILES}))
 @pytest.mark.parametrize("compute", COMPUTES)
 @pytest.mark.parametrize("family", TOYS)
-def test_states_are_the_same_bits_for_any_chunks_neighbours_and_threads(family, compute):
+def test_states_are_the_same_bits_for_any_chunks_neighbours_and_threads(family, compute, instruction_set):
     token_ids = PROMPTS[5]
 
     def states(*lengths: int, threads: int = 1, neighbour: bool = False) -> Tensor:
-        driver = CompiledDriver(compiled(family, compute, HERE[0], threads=threads))
+        driver = CompiledDriver(compiled(family, compute, instruction_set, threads=threads))
         driver.seat(0, token_ids, [5, 4, 3, 2, 1, 0, *range(20, 33)])
         if neighbour:
             driver.seat(1, PROMPTS[3], [40, 41, 42, 43, 44])
@@ -407,7 +408,8 @@ from runner import test_compiled_step as steps
 for name in products.HERE:
     for pack in products.PACKERS:
         for shape in ((17, 33), (100, 48)):
-            products.multiply(pack(products.random(*shape)), products.random(9, shape[1]), name, num_threads=3)
+            for num_rows in (9, 70):
+                products.multiply(pack(products.random(*shape)), products.random(num_rows, shape[1]), name, num_threads=3)
     for vocab_size in (5, 97):
         products.draw(*products.TestDraw.operands(vocab_size, 9, temperature=1.0, top_p=0.9), products.race(name, num_threads=3))
     for family in steps.TOYS:

@@ -5,7 +5,7 @@ It is written under another name and then renamed: two processes may build at on
 says so in one log line and returns None; the torch path runs. The C interface is described in library.py.
 
     NANOVLLM_CACHE    where built libraries go, else ~/.cache/nanovllm
-    NANOVLLM_CPU_ISA  forces one of INSTRUCTION_SETS, for tests and measurements
+    NANOVLLM_CPU_ISA  forces one of INSTRUCTION_SETS, for tests and measurements; refused where the machine lacks it
 """
 
 from __future__ import annotations
@@ -30,28 +30,60 @@ COMMON_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-
 # Best first; each needs these features of the processor, and the compiler's flags for them.
 AVX512_FEATURES = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
+AMX_FEATURES = AVX512_FEATURES | {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
+AMX_FLAGS = (*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 INSTRUCTION_SETS: dict[str, tuple[set[str], tuple[str, ...]]] = {
+    "amx": (AMX_FEATURES, AMX_FLAGS),
     "avx512-bf16": (AVX512_FEATURES | {"avx512_bf16"}, (*AVX512_FLAGS, "-mavx512bf16")),
     "avx512": (AVX512_FEATURES, AVX512_FLAGS),
     "avx2": ({"avx2", "fma", "f16c"}, ("-mavx2", "-mfma", "-mf16c")),
     "portable": (set(), ()),
 }
 BUILD_SECONDS = 300
+# Linux on x86-64: arch_prctl(2), which glibc does not wrap.
+SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
 def best_instruction_set() -> str:
-    """What this processor has, unless NANOVLLM_CPU_ISA says otherwise."""
+    """What this machine has, unless NANOVLLM_CPU_ISA says otherwise."""
     forced = os.environ.get("NANOVLLM_CPU_ISA")
-    if forced is not None:
-        if forced not in INSTRUCTION_SETS:
-            raise ConfigError(f"NANOVLLM_CPU_ISA={forced!r} is not one of {', '.join(INSTRUCTION_SETS)}")
-        return forced
-    return next(name for name, (needed, _) in INSTRUCTION_SETS.items() if needed <= cpu_flags())
+    if forced is None:
+        return next(name for name in INSTRUCTION_SETS if not why_not(name))
+    if forced not in INSTRUCTION_SETS:
+        raise ConfigError(f"NANOVLLM_CPU_ISA={forced!r} is not one of {', '.join(INSTRUCTION_SETS)}")
+    if reason := why_not(forced):
+        raise ConfigError(f"NANOVLLM_CPU_ISA={forced!r} cannot be had here: {reason}")
+    return forced
+
+
+def available_instruction_sets() -> list[str]:
+    """Best first; "portable" is always among them."""
+    return [name for name in INSTRUCTION_SETS if not why_not(name)]
+
+
+def why_not(instruction_set: str) -> str:
+    """What stands against it on this machine; empty if nothing does."""
+    lacking = INSTRUCTION_SETS[instruction_set][0] - cpu_flags()
+    if lacking:
+        return f"the processor lacks {', '.join(sorted(lacking))}"
+    return "the kernel does not permit tiles" if instruction_set == "amx" and not may_use_tiles() else ""
+
+
+@cache
+def may_use_tiles() -> bool:
+    """Linux gives the large registers of AMX to a process that asks for them, to all its threads, once and for good."""
+    try:
+        arguments = map(ctypes.c_long, (SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA))
+        return ctypes.CDLL(None).syscall(*arguments) == 0
+    except (OSError, AttributeError):
+        return False
 
 
 def load_step(instruction_set: str | None = None, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     """The library for this processor, built if it has to be; None, and a log line, where that is impossible."""
     instruction_set = instruction_set or best_instruction_set()
+    if reason := why_not(instruction_set):  # its first instruction would end the process
+        raise ConfigError(f"{instruction_set} instructions cannot be had here: {reason}")
     compiler = find_compiler()
     if compiler is None:
         degraded("compiled_step", "no C++ compiler (%s): the torch path runs", ", ".join(COMPILERS))

@@ -25,6 +25,9 @@
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define USE_AVX2 1
 #endif
+#if defined(USE_AVX512) && defined(__AVX512BF16__) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define USE_AMX 1  // tests define it themselves, with an emulation of the tiles
+#endif
 #if defined(USE_AVX512) || defined(USE_AVX2)
 #include <immintrin.h>
 #endif
@@ -36,7 +39,11 @@ constexpr int CHANNELS = LANES;  // output channels in a packed block
 constexpr int QUAD = 4;          // neighbouring inputs that one integer instruction multiplies and adds
 constexpr int PAIR = 2;          // the same for bfloat16
 constexpr int GROUP = 32;        // inputs that share a scale in the integer formats
-constexpr int TILE_ROWS = 8;     // rows of activations that lie side by side
+#ifdef USE_AMX
+constexpr int TILE_ROWS = 16;    // rows of activations that lie side by side
+#else
+constexpr int TILE_ROWS = 8;
+#endif
 constexpr float LOWEST = -INFINITY;
 
 // ------------------------------------------------------------------ 1. registers
@@ -116,6 +123,7 @@ inline Floats at_least(Floats a, Floats b) {  // 1 where a >= b, else 0
 }
 
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_bytes(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a.v); }
 
 /// vpdpbusd multiplies unsigned by signed bytes. So w becomes w + 128 (its sign bit turned over), and the sum starts at -128
 /// times the sum of x, which the activations know.
@@ -131,7 +139,11 @@ inline NibbleSums add_nibbles(NibbleSums sums, Bytes w, const int8_t* x) { retur
 inline Pairs load_pairs(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
 
 #ifdef __AVX512BF16__
+#ifdef USE_AMX
+const char* instruction_set() { return "amx"; }
+#else
 const char* instruction_set() { return "avx512-bf16"; }
+#endif
 using PairInput = uint16_t;
 inline void store_pairs(PairInput* p, Floats x) { store_bfloat16(p, x); }
 inline Floats add_pair(Floats sums, Pairs w, const PairInput* x) {
@@ -306,7 +318,7 @@ struct Ints { int32_t v[LANES]; };
 struct NibbleSums { int32_t v[LANES]; };
 struct Bytes { uint8_t v[LANES * QUAD]; };
 struct Pairs { const uint16_t* v; };
-using PairInput = float;
+using PairInput = uint16_t;
 constexpr int MAX_ROWS = 4;
 
 const char* instruction_set() { return "portable"; }
@@ -401,6 +413,8 @@ inline Bytes load_bytes(const uint8_t* p) {
     return result;
 }
 
+inline void store_bytes(uint8_t* p, const Bytes& a) { std::copy_n(a.v, LANES * QUAD, p); }
+
 inline Bytes load_signed(const uint8_t* p) { return load_bytes(p); }
 inline Ints start_signed(const int32_t*) { return {}; }
 inline Ints add_signed(Ints sums, const Bytes& w, const int8_t* x) {
@@ -429,12 +443,10 @@ inline NibbleSums add_nibbles(NibbleSums sums, const Bytes& w, const int8_t* x) 
 inline Floats to_floats(const NibbleSums& a) { return each([&](int i) { return float(a.v[i]); }); }
 
 inline Pairs load_pairs(const uint16_t* p) { return {p}; }
-inline void store_pairs(PairInput* p, Floats x) {
-    for (int i = 0; i < LANES; i++) p[i] = from_bfloat16(to_bfloat16(x.v[i]));
-}
-
+inline void store_pairs(PairInput* p, Floats x) { store_bfloat16(p, x); }
 inline Floats add_pair(Floats sums, Pairs w, const PairInput* x) {
-    return each([&](int i) { return sums.v[i] + from_bfloat16(w.v[PAIR * i]) * x[0] + from_bfloat16(w.v[PAIR * i + 1]) * x[1]; });
+    float first = from_bfloat16(x[0]), second = from_bfloat16(x[1]);
+    return each([&](int i) { return sums.v[i] + from_bfloat16(w.v[PAIR * i]) * first + from_bfloat16(w.v[PAIR * i + 1]) * second; });
 }
 
 inline void pause_briefly() { std::atomic_signal_fence(std::memory_order_seq_cst); }
@@ -693,8 +705,8 @@ struct Step {
 
 // ------------------------------------------------------------------ 4. activations, as the matrices want them
 
-/// M rows of activations: as floats, and in the form that the coming matrices read. There 8 rows lie side by side, so that a
-/// tile finds its inputs of a group in one stretch: [M/8][groups][8 rows][32 inputs], and what a group has once [M/8][groups][8].
+/// M rows of activations: as floats, and in the form that the coming matrices read. There T = TILE_ROWS rows lie side by side, so
+/// that a tile finds its inputs of a group in one stretch: [M/T][groups][T rows][32 inputs], and what a group has once [M/T][groups][T].
 struct Activations {
     int padded_in = 0;
     bool wants_pairs = false, wants_integers = false;
@@ -769,7 +781,7 @@ struct Activations {
 // ------------------------------------------------------------------ 5. products
 //
 // A tile is R rows by one block of 16 channels, held in R registers: weights are read once for R rows. The rows must lie in
-// one stretch of 8. out: [R][16].
+// one stretch of TILE_ROWS. out: [R][16].
 
 /// Integer weights come with their scales, as several short streams, and the processor's own guess at what comes next is late.
 /// (bfloat16 is one long stream: there it was measured to be slower.)
@@ -850,9 +862,165 @@ void multiply_tile(const Matrix& w, int block, const Activations& x, int first_r
     }
 }
 
-/// out: [end_row - first_row][16]. first_row: a multiple of 8.
-void multiply_block(const Matrix& w, int block, const Activations& x, int first_row, int end_row, float* out) {
-    int row = first_row;
+#ifdef USE_AMX
+
+// Tile registers: 8 of up to 16 lines of 64 bytes, here named after what they hold.
+//   0..3  sums: 16 rows x 16 channels, int32 or float32
+//   4     activations of a group: 16 rows x 32 int8           6  the same in bfloat16
+//   5     weights of a group: 8 quads x 16 channels x 4 int8  7  16 pairs x 16 channels x 2 bfloat16
+// A product reads whole tiles: rows that nobody asked for are computed from what lies there, and ignored.
+
+struct TileShapes {
+    uint8_t palette, start_row, unused[14];
+    uint16_t line_bytes[16];
+    uint8_t num_lines[16];
+};
+
+alignas(64) const TileShapes TILE_SHAPES = {1, 0, {}, {64, 64, 64, 64, 32, 64, 64, 64}, {16, 16, 16, 16, 16, 8, 16, 16}};
+
+/// The tile registers of this thread, shaped at their first use in a task and given back at its end: between tasks they are
+/// torch's, and the system saves them with the thread only while they are in use.
+class Tiles {
+  public:
+    ~Tiles() {
+        if (are_shaped_) _tile_release();
+    }
+
+    void shape() {
+        if (!are_shaped_) _tile_loadconfig(&TILE_SHAPES);
+        are_shaped_ = true;
+    }
+
+  private:
+    bool are_shaped_ = false;
+};
+
+constexpr int MIN_TILE_ROWS = 4;     // fewer rows of integers are faster in registers, and the same bits
+constexpr int GROUPS_AT_ONCE = 4;    // products that are stored before they are scaled: 4 KB
+constexpr int SCALED_ROWS = 8;
+constexpr int LINE_BYTES = 64;
+
+/// gcc 12 does not know that a tile is loaded from memory: it must not put off what was stored before.
+inline void finish_stores() { std::atomic_signal_fence(std::memory_order_seq_cst); }
+
+/// 16 rows by one block, each group on its own: sums [num_groups][16][16].
+inline void multiply_int8_tiles(const uint8_t* weights, const int8_t* inputs, int num_groups, int32_t* sums) {
+    for (int g = 0; g < num_groups; g++) {
+        _tile_zero(0);
+        _tile_loadd(4, inputs + g * TILE_ROWS * GROUP, GROUP);
+        _tile_loadd(5, weights + g * GROUP * CHANNELS, LINE_BYTES);
+        _tile_dpbssd(0, 4, 5);
+        _tile_stored(0, sums + g * TILE_ROWS * CHANNELS, LINE_BYTES);
+    }
+}
+
+/// out [8][16] += sums, by the same operations in the same order as in registers. scales, minimums: [num_groups][16].
+inline void add_scaled(const int32_t* sums, const uint16_t* scales, const uint16_t* minimums, const Activations& x, size_t place,
+                       int num_groups, float* out) {
+    Floats tile[SCALED_ROWS];
+    for (int r = 0; r < SCALED_ROWS; r++) tile[r] = load(out + r * CHANNELS);
+    for (int g = 0; g < num_groups; g++, sums += TILE_ROWS * CHANNELS, place += TILE_ROWS) {
+        Floats scale = load_half(scales + g * CHANNELS);
+        for (int r = 0; r < SCALED_ROWS; r++)
+            tile[r] = fma(to_floats(load_ints(sums + r * CHANNELS)), scale * broadcast(x.scales[place + r]), tile[r]);
+        if (minimums == nullptr) continue;
+        Floats minimum = load_half(minimums + g * CHANNELS);
+        for (int r = 0; r < SCALED_ROWS; r++) tile[r] = fma(minimum, broadcast(x.weighted_sums[place + r]), tile[r]);
+    }
+    for (int r = 0; r < SCALED_ROWS; r++) store(out + r * CHANNELS, tile[r]);
+}
+
+/// Nibbles as bytes, in the order of int8 weights.
+inline void unpack_nibbles(const uint8_t* packed, int num_groups, uint8_t* out) {
+    constexpr int HALF = GROUP / 2 * CHANNELS;  // bytes: inputs 0 to 15 of a group, then 16 to 31
+    for (int g = 0; g < num_groups; g++, packed += HALF, out += 2 * HALF)
+        for (int i = 0; i < HALF; i += LANES * QUAD) {
+            Bytes both = load_bytes(packed + i);
+            store_bytes(out + i, low_nibbles(both));
+            store_bytes(out + HALF + i, high_nibbles(both));
+        }
+    finish_stores();
+}
+
+/// Weights in int8 or 4 bits. out: room for whole eights of rows.
+void multiply_groups_by_tiles(const Matrix& w, int block, const Activations& x, int first_row, int end_row, float* out) {
+    alignas(LINE_BYTES) uint8_t unpacked[GROUPS_AT_ONCE * GROUP * CHANNELS];
+    alignas(LINE_BYTES) int32_t sums[GROUPS_AT_ONCE * TILE_ROWS * CHANNELS];
+    int group_bytes = GROUP * CHANNELS / (w.kind == INT4_GROUP ? 2 : 1);
+    std::fill_n(out, (end_row - first_row + SCALED_ROWS - 1) / SCALED_ROWS * SCALED_ROWS * CHANNELS, 0.0f);
+    for (int g = 0; g < w.num_groups(); g += GROUPS_AT_ONCE) {
+        int num_groups = std::min(GROUPS_AT_ONCE, w.num_groups() - g);
+        size_t first_group = size_t(block) * w.num_groups() + g, first_scale = first_group * CHANNELS;
+        const uint8_t* weights = w.values + first_group * group_bytes;
+        prefetch_weights(weights, num_groups * group_bytes);
+        if (w.kind == INT4_GROUP) {
+            unpack_nibbles(weights, num_groups, unpacked);
+            weights = unpacked;
+        }
+        for (int row = first_row; row < end_row; row += TILE_ROWS) {
+            size_t place = x.place(row, g);
+            multiply_int8_tiles(weights, x.integers.data() + place * GROUP, num_groups, sums);
+            for (int r = 0; r < std::min(TILE_ROWS, end_row - row); r += SCALED_ROWS)
+                add_scaled(sums + r * CHANNELS, w.scales + first_scale, w.minimums ? w.minimums + first_scale : nullptr, x,
+                           place + r, num_groups, out + (row - first_row + r) * CHANNELS);
+        }
+    }
+}
+
+/// Up to four tiles of rows, because a product waits for the sum it adds to. out: room for whole sixteens of rows.
+void multiply_bfloat16_by_tiles(const Matrix& w, int block, const Activations& x, int first_row, int end_row, float* out) {
+    const uint16_t* weights = reinterpret_cast<const uint16_t*>(w.values) + size_t(block) * w.padded_in * CHANNELS;
+    const PairInput* inputs = x.pairs.data() + x.place(first_row, 0) * GROUP;
+    size_t next = size_t(w.padded_in) * TILE_ROWS;  // from a tile of rows to the next
+    int num_tiles = (end_row - first_row + TILE_ROWS - 1) / TILE_ROWS;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int g = 0; g < w.num_groups(); g++, weights += GROUP * CHANNELS, inputs += TILE_ROWS * GROUP) {
+        _tile_loadd(7, weights, LINE_BYTES);
+        _tile_loadd(6, inputs, LINE_BYTES);
+        _tile_dpbf16ps(0, 6, 7);
+        if (num_tiles == 1) continue;
+        _tile_loadd(6, inputs + next, LINE_BYTES);
+        _tile_dpbf16ps(1, 6, 7);
+        if (num_tiles == 2) continue;
+        _tile_loadd(6, inputs + 2 * next, LINE_BYTES);
+        _tile_dpbf16ps(2, 6, 7);
+        if (num_tiles == 3) continue;
+        _tile_loadd(6, inputs + 3 * next, LINE_BYTES);
+        _tile_dpbf16ps(3, 6, 7);
+    }
+    constexpr int SIZE = TILE_ROWS * CHANNELS;
+    _tile_stored(0, out, LINE_BYTES);
+    if (num_tiles > 1) _tile_stored(1, out + SIZE, LINE_BYTES);
+    if (num_tiles > 2) _tile_stored(2, out + 2 * SIZE, LINE_BYTES);
+    if (num_tiles > 3) _tile_stored(3, out + 3 * SIZE, LINE_BYTES);
+}
+
+/// Returns the first row that is left over. All rows of bfloat16 go by tiles, because there sums have another order.
+int multiply_by_tiles(const Matrix& w, int block, const Activations& x, int first_row, int end_row, float* out, Tiles& tiles) {
+    int num_left = w.kind == BFLOAT16 ? 0 : (end_row - first_row) % TILE_ROWS;
+    if (num_left < MIN_TILE_ROWS) end_row -= num_left;
+    if (end_row == first_row) return first_row;
+    tiles.shape();
+    finish_stores();
+    (w.kind == BFLOAT16 ? multiply_bfloat16_by_tiles : multiply_groups_by_tiles)(w, block, x, first_row, end_row, out);
+    return end_row;
+}
+
+#else
+
+struct Tiles {};
+inline int multiply_by_tiles(const Matrix&, int, const Activations&, int first_row, int, float*, Tiles&) { return first_row; }
+
+#endif
+
+constexpr int ROWS_IN_CACHE = 64;  // their activations stay near while a task's blocks pass
+
+/// At most ROWS_IN_CACHE rows, of which the first is a multiple of TILE_ROWS. out: [ROWS_IN_CACHE][16].
+void multiply_block(const Matrix& w, int block, const Activations& x, int first_row, int end_row, float* out, Tiles& tiles) {
+    int row = multiply_by_tiles(w, block, x, first_row, end_row, out, tiles);
     auto as_long_as = [&](auto tile, int num_rows) {
         for (; row + num_rows <= end_row; row += num_rows) tile(w, block, x, row, out + (row - first_row) * CHANNELS);
     };
@@ -1292,7 +1460,6 @@ class Decoder {
     static constexpr int ROWS_PER_TASK = 4;     // of the work that is a few microseconds a row
     static constexpr int BLOCKS_PER_TASK = 4;   // 64 output channels, fewer where the threads would not share well
     static constexpr int TASKS_PER_THREAD = 8;
-    static constexpr int ROWS_IN_CACHE = 64;    // their activations stay near while a task's blocks pass
 
     float* residual(int m) { return residual_.data() + size_t(m) * model_.hidden_size; }
     int qkv_size() const { return (model_.num_heads + 2 * model_.num_kv_heads) * model_.head_dim; }
@@ -1315,24 +1482,25 @@ class Decoder {
     void multiply(std::initializer_list<const Matrix*> matrices, const Activations& x, int num_rows, const Finish& finish) {
         int num_blocks = 0;
         for (const Matrix* matrix : matrices) num_blocks += matrix->num_blocks();
-        each_block(num_blocks, num_rows, [&](int block, int row, int end_row) {
+        each_block(num_blocks, num_rows, [&](int block, int row, int end_row, Tiles& tiles) {
             float sums[ROWS_IN_CACHE * CHANNELS];
             int which = 0;
             while (block >= matrices.begin()[which]->num_blocks()) block -= matrices.begin()[which++]->num_blocks();
-            multiply_block(*matrices.begin()[which], block, x, row, end_row, sums);
+            multiply_block(*matrices.begin()[which], block, x, row, end_row, sums, tiles);
             for (int m = row; m < end_row; m++) finish(which, m, block, load(sums + (m - row) * CHANNELS));
         });
     }
 
-    /// one: (block, first row, end row), for all rows of every block, the blocks spread over the threads.
+    /// one: (block, first row, end row, the thread's tiles), for all rows of every block, the blocks spread over the threads.
     template <typename One>
     void each_block(int num_blocks, int num_rows, const One& one) {
         int per_task = std::clamp(num_blocks / (TASKS_PER_THREAD * pool_.num_threads()), 1, BLOCKS_PER_TASK);
         per_task = std::max(per_task, (num_blocks + MAX_TASKS - 1) / MAX_TASKS);
         pool_.run((num_blocks + per_task - 1) / per_task, [&](int task) {
+            Tiles tiles;
             for (int row = 0; row < num_rows; row += ROWS_IN_CACHE)
                 for (int block = task * per_task; block < std::min(num_blocks, (task + 1) * per_task); block++)
-                    one(block, row, std::min(num_rows, row + ROWS_IN_CACHE));
+                    one(block, row, std::min(num_rows, row + ROWS_IN_CACHE), tiles);
         });
     }
 
@@ -1483,10 +1651,10 @@ class Decoder {
 
     /// between = silu(gate) * up, block by block.
     void multiply_gate_and_up(const Layer& layer, int num_rows) {
-        each_block(layer.gate.num_blocks(), num_rows, [&](int block, int row, int end_row) {
+        each_block(layer.gate.num_blocks(), num_rows, [&](int block, int row, int end_row, Tiles& tiles) {
             float gates[ROWS_IN_CACHE * CHANNELS], ups[ROWS_IN_CACHE * CHANNELS];
-            multiply_block(layer.gate, block, activations_, row, end_row, gates);
-            multiply_block(layer.up, block, activations_, row, end_row, ups);
+            multiply_block(layer.gate, block, activations_, row, end_row, gates, tiles);
+            multiply_block(layer.up, block, activations_, row, end_row, ups, tiles);
             for (int m = row; m < end_row; m++) {
                 int at = (m - row) * CHANNELS;
                 store_channels(between_.row(m), block, model_.intermediate_size, silu(load(gates + at)) * load(ups + at));
