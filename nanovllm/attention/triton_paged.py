@@ -47,8 +47,7 @@ def plan_decodes(starts: np.ndarray, tokens: np.ndarray, rows: np.ndarray, max_e
     The split length makes at most `max_extra_items` items more than there are sequences.
     """
     context = starts + 1
-    split = max(MIN_SPLIT, -(-int(context.sum()) // max(max_extra_items, 1)))
-    split = -(-split // MIN_SPLIT) * MIN_SPLIT
+    split = split_length(context, max_extra_items)
     num_splits = -(-context // split)
     first_slot = np.cumsum(num_splits) - num_splits
     items = np.empty((len(starts), ITEM_FIELDS), dtype=np.int32)  # of whole sequences first
@@ -60,6 +59,34 @@ def plan_decodes(starts: np.ndarray, tokens: np.ndarray, rows: np.ndarray, max_e
     items[:, 5] = end = np.minimum(begin + split, items[:, 5])
     items[:, 6] = np.where(items[:, 8] > 1, items[:, 7] + number, -1)
     return items[np.argsort(begin - end, kind="stable")]
+
+
+def split_length(context: np.ndarray, max_extra_items: int) -> int:
+    split = max(MIN_SPLIT, -(-int(context.sum()) // max(max_extra_items, 1)))
+    return -(-split // MIN_SPLIT) * MIN_SPLIT
+
+
+class DecodeItems:
+    """`plan_decodes` of one step after another: while the same sequences go on, only lengths change."""
+
+    def __init__(self, max_extra_items: int) -> None:
+        self._max_extra_items = max_extra_items
+        self._known: tuple[int, bytes, bytes] | None = None
+        self._items = np.empty((0, ITEM_FIELDS), dtype=np.int32)
+
+    def plan(self, starts: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """For a step of sequences with one token each. Both [num_decodes]; the items are good until the next call."""
+        context = starts + 1
+        split = split_length(context, self._max_extra_items)
+        known = split, rows.tobytes(), (-(-context // split)).tobytes()
+        if known != self._known:
+            self._known = known
+            self._items = plan_decodes(starts, np.arange(len(starts)), rows, self._max_extra_items)
+        else:
+            items, sequence = self._items, self._items[:, 0]
+            items[:, 3] = starts[sequence]
+            items[:, 5] = np.minimum(items[:, 4] + split, context[sequence])
+        return self._items
 
 
 def plan_prompts(starts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, rows: np.ndarray, tile: int) -> np.ndarray:

@@ -152,11 +152,9 @@ class ModelRunner:
         return CudaGraphs(
             self.forward_step,
             backend,
-            self.state.block_tables,
-            self.state.token_ids,
+            self.state,
             max_num_seqs=max_num_seqs,
             max_tokens=max_tokens,
-            spare_row=self.state.spare_row,
             vocab_size=self.model.spec.vocab_size,
         )
 

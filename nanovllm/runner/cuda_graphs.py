@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.attention.triton_paged import ITEM_FIELDS, TritonAttention, TritonPlan, plan_decodes, plan_prompts
+from nanovllm.attention.triton_paged import ITEM_FIELDS, DecodeItems, TritonAttention, TritonPlan, plan_decodes, plan_prompts
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.kernels.draw_token import draw_tokens
 from nanovllm.log import degraded, logger
+from nanovllm.runner.state import RowState
 from nanovllm.sampling.penalties import write_masks
 from nanovllm.sampling.sampler import SampledTokens
 from nanovllm.structured.base import Matchers, num_mask_words
@@ -182,21 +183,20 @@ class CudaGraphs:
         self,
         forward_step: Callable[[StepTensors, Tensor], Tensor],
         backend: TritonAttention,
-        block_tables: Tensor,
-        token_table: Tensor,
+        state: RowState,
         *,
         max_num_seqs: int,
         max_tokens: int,
-        spare_row: int,
         vocab_size: int,
     ) -> None:
         self.forward_step = forward_step
         self.backend = backend
-        self.block_tables, self.token_table = block_tables, token_table
-        self.spare_row = spare_row
-        self.device = block_tables.device
+        self.block_tables, self.token_table = state.block_tables, state.token_ids
+        self.spare_row = state.spare_row
+        self.device = state.token_ids.device
         extra = backend.max_extra_items
         backend.reserve(max_num_seqs + extra)
+        self._decode_items = DecodeItems(extra)
         self.decode_buckets = [Bucket(size, size, 0, size + extra) for size in decode_sizes(max_num_seqs)]
         self.mixed_buckets = [self._mixed_bucket(size, min(size, max_num_seqs), extra) for size in mixed_sizes(max_tokens)]
         self._buffers: dict[Bucket, Tensor] = {}
@@ -296,7 +296,10 @@ class CudaGraphs:
         def fill(words: np.ndarray) -> None:
             words[:] = self._empty(bucket)
             parts = bucket.split(words)
-            self._fill(parts, batch)
+            if bucket.is_decode:
+                self._fill_decodes(parts, batch)
+            else:
+                self._fill(parts, batch)
             parts["inverse_temperature"][: len(keys)] = inverse_temperature.view(np.int32)
             parts["keys"][: len(keys)] = keys
 
@@ -312,6 +315,17 @@ class CudaGraphs:
             if bucket.num_tokens >= num_tokens and bucket.num_samples >= num_chunks and bucket in self._graphs:
                 return bucket
         return None
+
+    def _fill_decodes(self, parts: dict[str, np.ndarray], batch: ScheduledBatch) -> None:
+        """What `_fill` does, where each chunk is one token that draws."""
+        rows, starts = np.array(batch.rows), np.array(batch.starts)
+        num_tokens = len(rows)
+        parts["token_rows"][:num_tokens] = parts["sample_rows"][:num_tokens] = rows
+        parts["positions"][:num_tokens] = starts
+        parts["sample_tokens"][:num_tokens] = np.arange(num_tokens)
+        parts["sample_positions"][:num_tokens] = starts + 1
+        items = self._decode_items.plan(starts, rows)
+        parts["decode_items"][: len(items)] = items
 
     def _fill(self, parts: dict[str, np.ndarray], batch: ScheduledBatch) -> None:
         rows, starts, lengths = np.array(batch.rows), np.array(batch.starts), np.array(batch.lengths)
