@@ -225,8 +225,7 @@ class LLGuidanceGrammar:
 class _VocabularyView:
     """What llguidance's TokenizerWrapper reads. Special tokens are listed, so that no text can spell them."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Sequence[int], num_threads: int = 1) -> None:
-        """`num_threads`: that compute the masks of one step."""
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self.bos_token_id = tokenizer.bos_token_id
         self.eos_token_id = end_token_ids[0]
