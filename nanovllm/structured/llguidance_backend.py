@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -20,7 +21,8 @@ import numpy as np
 
 from nanovllm.errors import InvalidGrammar
 from nanovllm.sampling_params import StructuredOutput
-from nanovllm.structured.base import BITS, num_mask_words
+from nanovllm.structured.after_mark import AfterMark, MarkMasks
+from nanovllm.structured.base import BITS, Matcher, num_mask_words
 from nanovllm.structured.limits import check_limits
 from nanovllm.structured.mask_budget import MaskBudget
 from nanovllm.tokenizer import Tokenizer
@@ -28,6 +30,7 @@ from nanovllm.tokenizer import Tokenizer
 MAX_LEXER_STATES = 50_000  # of one sequence, 1 to 2 kB each
 MAX_COMPILE_SECONDS = 0.5  # of processor time, the first mask included
 MAX_COMPILED = 64  # grammars kept for the next request with the same one
+MAX_MARKS = 8  # whose masks are kept; a server has one or two
 MAX_MESSAGE_LENGTH = 400  # characters of a compiler's message
 # Between the parts of a JSON text. Without a limit small models write newlines until their tokens are used up.
 JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
@@ -167,11 +170,27 @@ class LLGuidanceGrammar:
         self._vocab_size = vocab_size
         self._end_token_ids = tuple(end_token_ids)
         self._compiled: OrderedDict[StructuredOutput, LLGuidanceMatcher] = OrderedDict()
+        self._marks: dict[tuple[str, str | None], MarkMasks] = {}
         self._lock = threading.Lock()  # of `_compiled`; nobody compiles under it
         self._budget = MaskBudget(num_threads=num_threads)
 
-    def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> LLGuidanceMatcher:
+    def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> Matcher:
         """Raises `InvalidGrammar`, with the compiler's words. Threads may call it; most of a compilation lets others run."""
+        if structured.after is None:
+            return self._matcher(structured, can_end_early)
+        plain = replace(structured, after=None, opened_by=None)
+        inner = self._matcher(plain, can_end_early)
+        at_once = None if structured.opened_by is None else self._matcher(plain, can_end_early)
+        return AfterMark(inner, self._masks_of(structured.after, structured.opened_by), at_once)
+
+    def _masks_of(self, after: str, opened_by: str | None) -> MarkMasks:
+        key = after, opened_by
+        if key not in self._marks:
+            masks = MarkMasks(self._view.tokens, self._end_token_ids, after, opened_by)
+            self._marks = {**dict(list(self._marks.items())[1 - MAX_MARKS :]), key: masks}
+        return self._marks[key]
+
+    def _matcher(self, structured: StructuredOutput, can_end_early: bool) -> LLGuidanceMatcher:
         with self._lock:
             compiled = self._compiled.get(structured)
         if compiled is None:
@@ -213,12 +232,15 @@ class LLGuidanceGrammar:
         return llguidance
 
     @cached_property
-    def _vocabulary(self) -> Any:
-        """A tenth of a second for 49,000 tokens."""
+    def _view(self) -> _VocabularyView:
         if not self._end_token_ids:
             raise InvalidGrammar("structured output needs a model with a token that ends a text")
-        view = _VocabularyView(self._tokenizer, self._vocab_size, self._end_token_ids)
-        wrapper = self._library.TokenizerWrapper(view)
+        return _VocabularyView(self._tokenizer, self._vocab_size, self._end_token_ids)
+
+    @cached_property
+    def _vocabulary(self) -> Any:
+        """A tenth of a second for 49,000 tokens."""
+        wrapper = self._library.TokenizerWrapper(self._view)
         return self._library.LLTokenizer(wrapper, n_vocab=self._vocab_size, eos_token=list(self._end_token_ids))
 
 
