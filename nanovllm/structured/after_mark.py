@@ -30,7 +30,9 @@ class MarkMasks:
         self._num_words = num_mask_words(len(token_bytes))
         # By how much of the mark, of the opening and of the line breaks has been written already, in bytes.
         closing = self._with(self.mark[-1:])
-        self.free = [~self._mask([*end_token_ids, *self._crossing(closing, num)]) for num in range(len(self.mark))]
+        everything = self._mask(range(len(token_bytes)))
+        forbidden = [[*end_token_ids, *self._crossing(closing, num)] for num in range(len(self.mark))]
+        self.free = [everything & ~self._mask(token_ids) for token_ids in forbidden]
         self.opens = [self._mask(self._opening(num)) for num in range(len(self.opening))]
         breaks = {token_id: text for token_id, text in self._with(b"\n") if self.is_break(text)}
         self.breaks = [
@@ -54,12 +56,15 @@ class MarkMasks:
     def _opening(self, num_written: int) -> list[int]:
         """Tokens that go on with the opening. More may follow in the same token: it is thought already."""
         rest = self.opening[num_written:]
+        whole = [token_id for token_id, text in self._with(rest) if text.startswith(rest)]
+        if whole and not num_written:
+            return whole  # a vocabulary that has the mark as one token has it for this purpose
         parts = {rest[:end] for end in range(1, len(rest))}
-        return [i for i, text in enumerate(self.token_bytes) if text in parts or text.startswith(rest)]
+        return [*whole, *(token_id for token_id, text in enumerate(self.token_bytes) if text in parts)]
 
     def _mask(self, token_ids: Sequence[int]) -> np.ndarray:
         bits = np.zeros(self._num_words * BITS, dtype=np.uint8)
-        bits[token_ids] = 1
+        bits[list(token_ids)] = 1
         return np.packbits(bits, bitorder="little").view(np.int32)
 
 

@@ -166,31 +166,18 @@ class LLGuidanceGrammar:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Sequence[int], num_threads: int = 1) -> None:
         """`num_threads`: that compute the masks of one step."""
+        self._marks: dict[tuple[str, str | None], MarkMasks] = {}
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_token_ids = tuple(end_token_ids)
         self._compiled: OrderedDict[StructuredOutput, LLGuidanceMatcher] = OrderedDict()
-        self._marks: dict[tuple[str, str | None], MarkMasks] = {}
         self._lock = threading.Lock()  # of `_compiled`; nobody compiles under it
         self._budget = MaskBudget(num_threads=num_threads)
 
     def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> Matcher:
         """Raises `InvalidGrammar`, with the compiler's words. Threads may call it; most of a compilation lets others run."""
-        if structured.after is None:
-            return self._matcher(structured, can_end_early)
-        plain = replace(structured, after=None, opened_by=None)
-        inner = self._matcher(plain, can_end_early)
-        at_once = None if structured.opened_by is None else self._matcher(plain, can_end_early)
-        return AfterMark(inner, self._masks_of(structured.after, structured.opened_by), at_once)
-
-    def _masks_of(self, after: str, opened_by: str | None) -> MarkMasks:
-        key = after, opened_by
-        if key not in self._marks:
-            masks = MarkMasks(self._view.tokens, self._end_token_ids, after, opened_by)
-            self._marks = {**dict(list(self._marks.items())[1 - MAX_MARKS :]), key: masks}
-        return self._marks[key]
-
-    def _matcher(self, structured: StructuredOutput, can_end_early: bool) -> LLGuidanceMatcher:
+        if structured.after is not None:
+            return self._compile_after_mark(structured, structured.after, can_end_early)
         with self._lock:
             compiled = self._compiled.get(structured)
         if compiled is None:
@@ -202,6 +189,14 @@ class LLGuidanceGrammar:
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
             return compiled.fork(can_end_early, self._budget)
+
+    def _compile_after_mark(self, structured: StructuredOutput, after: str, can_end_early: bool) -> AfterMark:
+        plain, key = replace(structured, after=None, opened_by=None), (after, structured.opened_by)
+        inner = self.compile(plain, can_end_early)
+        at_once = None if structured.opened_by is None else self.compile(plain, can_end_early)
+        masks = self._marks.get(key) or MarkMasks(self._view.tokens, self._end_token_ids, *key)
+        self._marks = {**dict(list(self._marks.items())[1 - MAX_MARKS :]), key: masks}  # other threads may read it
+        return AfterMark(inner, masks, at_once)
 
     def _compile(self, structured: StructuredOutput) -> LLGuidanceMatcher:
         library, vocabulary = self._library, self._vocabulary
