@@ -33,7 +33,7 @@ class MarkMasks:
         everything = self._mask(range(len(token_bytes)))
         forbidden = [[*end_token_ids, *self._crossing(closing, num)] for num in range(len(self.mark))]
         self.free = [everything & ~self._mask(token_ids) for token_ids in forbidden]
-        self.opens = [self._mask(self._opening(num)) for num in range(len(self.opening))]
+        self.opens = [self._mask(token_ids) for token_ids in self._opening()]
         breaks = {token_id: text for token_id, text in self._with(b"\n") if self.is_break(text)}
         self.breaks = [
             self._mask([token_id for token_id, text in breaks.items() if num + len(text) <= MAX_LINE_BREAKS])
@@ -53,14 +53,17 @@ class MarkMasks:
         rests = [(token_id, (begun + text).partition(self.mark)[2]) for token_id, text in closing]
         return [token_id for token_id, rest in rests if rest and not self.is_break(rest)]
 
-    def _opening(self, num_written: int) -> list[int]:
+    def _opening(self) -> list[list[int]]:
         """Tokens that go on with the opening. More may follow in the same token: it is thought already."""
-        rest = self.opening[num_written:]
-        whole = [token_id for token_id, text in self._with(rest) if text.startswith(rest)]
-        if whole and not num_written:
-            return whole  # a vocabulary that has the mark as one token has it for this purpose
-        parts = {rest[:end] for end in range(1, len(rest))}
-        return [*whole, *(token_id for token_id, text in enumerate(self.token_bytes) if text in parts)]
+        pieces = [(token_id, text) for token_id, text in enumerate(self.token_bytes) if text and text in self.opening]
+        closing = self._with(self.opening[-1:])
+        found: list[list[int]] = []
+        for rest in (self.opening[num:] for num in range(len(self.opening))):
+            whole = [token_id for token_id, text in closing if text.startswith(rest)]
+            found.append([*whole, *(token_id for token_id, text in pieces if text != rest and rest.startswith(text))])
+            if whole and len(found) == 1:
+                return [whole]  # a vocabulary that has the mark as one token has it for this purpose
+        return found
 
     def _mask(self, token_ids: Sequence[int]) -> np.ndarray:
         bits = np.zeros(self._num_words * BITS, dtype=np.uint8)
@@ -120,8 +123,9 @@ class AfterMark:
             self._place, self._inner, self._num_written = "free", self._after_mark, 0
             return self._think(text[len(rest) :])
         reason = self._inner.accept(token_id)
-        if text and rest.startswith(text):  # whatever the grammar thinks of it: it may be content with it, too
-            self._num_written += len(text)
+        num_written = self._num_written + len(text)
+        if text and rest.startswith(text) and num_written < len(self._masks.opens):
+            self._num_written = num_written  # whatever the grammar thinks of it: it may be content with it, too
             return None
         self._place = "inner"
         return reason

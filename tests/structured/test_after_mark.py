@@ -154,6 +154,12 @@ class TestMatcher:
         read(thinking, SPLIT, b"<th", b"i")
         assert set(allowed(thinking, SPLIT)) == {b"n", b"nk>ab"}
 
+    def test_where_the_opening_is_one_token_its_pieces_are_those_of_the_form(self):
+        matcher = marked(WHOLE, OPEN, "<thab")
+        assert set(allowed(matcher, WHOLE)) == {b"<", b"<th", b"<think>", b"<think>\n"}
+        read(matcher, WHOLE, b"<th")
+        assert allowed(matcher, WHOLE) == [b"a"]
+
     def test_a_form_that_is_complete_within_the_opening_mark(self):
         complete = marked(SPLIT, OPEN, "<think")
         assert read(complete, SPLIT, b"<th", b"i", b"n", b"k") is None
