@@ -183,6 +183,12 @@ def test_tools_and_reasoning_of_responses(tiny):
     arguments = [event["delta"] for event in events if event["type"] == "response.function_call_arguments.delta"]
     assert "".join(arguments) == done[2]["arguments"] + done[3]["arguments"]
     assert "".join(event["delta"] for event in events if event["type"] == "response.reasoning_text.delta") == "Hm"
+    begins = {"logit_bias": {"44": 100}, "max_output_tokens": 12}  # "<", and then it can only think
+    for form in (
+        {"text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}},
+        {"tools": [tool], "tool_choice": named},
+    ):
+        assert [item["type"] for item in respond(tiny, **begins, **form)["output"]] == ["reasoning"]
     plain = respond(tiny)["usage"]["input_tokens"]
     assert respond(tiny, reasoning={"effort": "high"})["usage"]["input_tokens"] > plain
     assert blamed(tiny, tool_choice="required") == "tool_choice"

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -251,6 +252,23 @@ class TestGrammar:
                 assert token_id in allowed_tokens(matcher, tokenizer.vocab_size + 5), (thought, number)
                 assert matcher.accept(token_id) == ("stop" if number == len(token_ids) - 1 else None)
         assert grammar.compile(form).error is None  # the compiled one has not moved
+
+    def test_threads_fill_the_masks_of_those_that_have_thought(self):
+        """Beside some that still think, and some that began at once."""
+        tokenizer = Tokenizer(TokenizerParts(byte_level_backend()))
+        grammar = LLGuidanceGrammar(tokenizer, tokenizer.vocab_size, [tokenizer.token_to_id("</s>")], num_threads=4)
+        form = StructuredOutput("regex", "[a-z]{3}[0-9]+")
+        plain, thinking = [grammar.compile(form) for _ in range(4)], replace(form, after=CLOSE)
+        still, over = [grammar.compile(thinking) for _ in range(3)], [grammar.compile(thinking) for _ in range(3)]
+        for number, matcher in enumerate(over):
+            for token_id in tokenizer.encode_literally("Hm." + CLOSE + "\nabc"[: number + 1]):
+                assert matcher.accept(token_id) is None
+        matchers = [one for three in zip(plain, still, over) for one in three] + plain[3:]
+        masks = np.zeros((len(matchers), num_mask_words(tokenizer.vocab_size)), dtype=np.int32)
+        fill_masks(matchers, masks)
+        for matcher, mask in zip(matchers, masks, strict=True):
+            matcher.fill_mask(alone := np.zeros_like(mask))
+            assert (alone == mask).all() and mask.any()
 
     def test_a_bad_form_is_refused_as_ever(self):
         tokenizer = Tokenizer(TokenizerParts(byte_level_backend()))
