@@ -94,9 +94,10 @@ class AfterMark:
         masks, num_written = self._masks, self._num_written
         if self._place == "free":
             mask[:] = masks.free[num_written]
+        elif self._place == "start" and self._inner.error is not None:
+            mask[:] = masks.opens[num_written]
         elif self._place == "start":
-            if self._inner.error is None:
-                self._inner.fill_mask(mask)
+            self._inner.fill_mask(mask)
             mask |= masks.opens[num_written]
         else:
             self._inner.fill_mask(mask)

@@ -66,6 +66,7 @@ class Spells:
         self.error: str | None = None
 
     def fill_mask(self, mask: np.ndarray) -> None:
+        mask.fill(0)
         for token_id, text in enumerate(self.tokens):
             if (text and self.rest.startswith(text)) or (not self.rest and text == END):
                 mask[token_id // 32] |= np.uint32(1 << token_id % 32).view(np.int32)
@@ -314,6 +315,7 @@ class Mod:
         self.tokens: list[int] = []
 
     def fill_mask(self, mask: np.ndarray) -> None:
+        mask.fill(0)
         for token in range(VOCAB_SIZE):
             if hash((*self.tokens, token)) % 3 == 0:
                 mask[token // 32] |= np.uint32(1 << token % 32).view(np.int32)
