@@ -50,21 +50,23 @@ def fill_masks(matchers: Sequence[Matcher], masks: np.ndarray) -> None:
     A matcher may name another one that has taken its place (`current`). A grammar engine that has something better than
     one after the other brings it as `fill_together` of its matchers.
     """
-    lines_of: dict[type, list[int]] = {}
-    matchers = [getattr(matcher, "current", matcher) for matcher in matchers]
-    for line, matcher in enumerate(matchers):
-        lines_of.setdefault(type(matcher), []).append(line)
-    for kind, lines in lines_of.items():
+    kinds = set(map(type, matchers))
+    if any(hasattr(kind, "current") for kind in kinds):
+        matchers = [getattr(matcher, "current", matcher) for matcher in matchers]
+        kinds = set(map(type, matchers))
+    for kind in kinds:
         fill_together = getattr(kind, "fill_together", None)
-        if fill_together is None:
-            for line in lines:
-                matchers[line].fill_mask(masks[line])
-        elif len(lines) == len(matchers):
+        if fill_together is not None and len(kinds) == 1:
             fill_together(matchers, masks)
-        else:
+            return
+        lines = [line for line, matcher in enumerate(matchers) if type(matcher) is kind]
+        if fill_together is not None:
             own = masks[lines]
             fill_together([matchers[line] for line in lines], own)
             masks[lines] = own
+        else:
+            for line in lines:
+                matchers[line].fill_mask(masks[line])
 
 
 class Grammar(Protocol):
