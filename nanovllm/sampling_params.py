@@ -26,6 +26,7 @@ GREEDY_BELOW = 1e-5  # temperatures below this are greedy: dividing by them over
 STRUCTURED_KINDS = ("json_object", "json_schema", "regex", "choice", "grammar")
 MAX_STRUCTURED_BYTES = 256 * 1024  # of a schema, regular expression or grammar; of all choices together
 MAX_CHOICE_STRINGS = 1000
+MAX_MARK_LENGTH = 64  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,18 @@ class StructuredOutput:
     regex           a regular expression that the whole text must match
     choice          a list of strings, one of which is the text
     grammar         Lark as llguidance reads it, or GBNF
+
+    `after`, such as "</think>": the form begins after this mark, and the text before it is free, but has no end. With
+    `opened_by`, such as "<think>", that is so if the text begins with it, and else the form begins at once.
     """
 
     kind: str
     value: str | Sequence[str] | Mapping[str, Any] = ""
+    after: str | None = None
+    opened_by: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_marks()
         if self.kind not in STRUCTURED_KINDS:
             known = ", ".join(STRUCTURED_KINDS)
             raise InvalidGrammar(
@@ -68,6 +75,19 @@ class StructuredOutput:
     @property
     def choices(self) -> tuple[str, ...]:
         return self.value if isinstance(self.value, tuple) else ()
+
+    def _check_marks(self) -> None:
+        for name in ("after", "opened_by"):
+            mark = getattr(self, name)
+            if mark is None:
+                continue
+            if not isinstance(mark, str) or not mark:
+                raise InvalidGrammar(f"{name} must be a non-empty string, got {mark!r}")
+            if len(mark) > MAX_MARK_LENGTH:
+                raise InvalidGrammar(f"{name} has {len(mark)} characters; at most {MAX_MARK_LENGTH} are allowed")
+            _num_bytes(name, mark)
+        if self.opened_by is not None and self.after is None:
+            raise InvalidGrammar(f"opened_by={self.opened_by!r} needs after: the mark where the form begins")
 
     def _checked_choices(self) -> tuple[str, ...]:
         if isinstance(self.value, (str, bytes)) or not isinstance(self.value, Sequence):

@@ -85,7 +85,6 @@ async def create_message(request: Request) -> Response:
     check_service(None, body.service_tier, ("auto", "standard_only"))
     turn = await _begin(server, request, body)
     params = await _params(server, body, turn)
-    turn = turn.before(params)
     token_ids = await server.engine.encode(turn.prompt, False)
     identity = Identity.of(server, request, "msg_")
     writer = Writer(server, identity, turn)
@@ -122,7 +121,7 @@ async def _begin(server: Server, request: Request, body: CountTokensRequest) -> 
     )
 
 
-def _thinking(server: Server, thinking: Thinking) -> dict[str, Any] | None:
+def _thinking(server: Server, thinking: Thinking) -> dict[str, Any]:
     kind = thinking.type
     if kind == "adaptive":
         raise BadField(
@@ -131,12 +130,10 @@ def _thinking(server: Server, thinking: Thinking) -> dict[str, Any] | None:
     if thinking.budget_tokens is not None:
         text = "thinking.budget_tokens is not supported: leave it out; `max_tokens` bounds thinking and answer together"
         raise BadField("thinking.budget_tokens", text, "unsupported_field")
-    if "enable_thinking" in (server.engine.tokenizer.chat_template or ""):
-        return {"enable_thinking": kind == "enabled"}
-    if kind == "enabled":
+    if kind == "enabled" and "enable_thinking" not in (server.engine.tokenizer.chat_template or ""):
         text = "thinking: the chat template of this model has no switch for it"
         raise BadField("thinking", text, "unsupported_field")
-    return None
+    return {"enable_thinking": kind == "enabled"}
 
 
 async def _params(server: Server, body: MessagesRequest, turn: Conversation) -> SamplingParams:

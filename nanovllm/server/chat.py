@@ -62,7 +62,6 @@ async def create_chat_completion(request: Request) -> Response:
         documents=body.documents,
     )
     params = await _params(server, body, conversation)
-    conversation = conversation.before(params)
     ids = await encode_prompt(server, conversation.prompt, body, params.max_tokens or 1, special=False)
     identity = Identity.of(server, request, "chatcmpl-", body.request_id)
     answer = Answer(server, body, params, identity, conversation)

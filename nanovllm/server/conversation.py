@@ -13,13 +13,20 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import RequestError
-from nanovllm.sampling_params import SamplingParams, StructuredOutput
+from nanovllm.sampling_params import StructuredOutput
 from nanovllm.server.errors import BadField
 from nanovllm.server.output_parser import make_output_parser
 from nanovllm.server.parts import Part, Reasoning, Text, ToolCallArguments, ToolCallStart
 from nanovllm.server.prompts import LONG_TEXT, SHORT_MESSAGE, off_loop, plain_messages, plain_tools, render
 from nanovllm.server.protocol import ChatMessage, NamedToolChoice, Template
-from nanovllm.server.reasoning import close_reasoning, detect_reasoning, prompt_opens_reasoning
+from nanovllm.server.reasoning import (
+    CLOSE,
+    OPEN,
+    asks_for_none,
+    detect_reasoning,
+    prompt_closes_reasoning,
+    prompt_opens_reasoning,
+)
 from nanovllm.server.streaming import Delta
 from nanovllm.server.tool_formats import TOOL_FORMATS, describe_tools, detect_tool_format, tool_choice_constraint
 from nanovllm.tokenizer import Tokenizer
@@ -40,6 +47,7 @@ class Conversation:
     tool_names: tuple[str, ...]
     has_reasoning: bool
     opens_reasoning: bool  # the prompt ends inside of it
+    may_reason: bool  # else what comes is the answer
     keeps_parallel: bool  # more than one call
     keeps_reasoning: bool
 
@@ -48,11 +56,11 @@ class Conversation:
         """The marks of calls are special tokens, so these must stay in the text until it is parsed."""
         return self.tool_format is not None and TOOL_FORMATS[self.tool_format].has_special_marks
 
-    def before(self, params: SamplingParams) -> Conversation:
-        """What the answer to `params` follows. A grammar holds from the first token on, so nothing is thought before it."""
-        if params.structured is None or not self.opens_reasoning:
-            return self
-        return replace(self, prompt=close_reasoning(self.prompt), opens_reasoning=False)
+    def after_reasoning(self, form: StructuredOutput) -> StructuredOutput:
+        """`form` for the answer alone: what is thought before it is free."""
+        if not self.may_reason:
+            return form
+        return replace(form, after=CLOSE, opened_by=None if self.opens_reasoning else OPEN)
 
 
 class TurnReader:
@@ -188,13 +196,16 @@ async def begin_conversation(
     if "tool_calls" not in (template or ""):
         plain = [_with_calls_written(message) for message in plain]
     prompt = await render(server, plain, body, shown, variables)
+    opens, has_reasoning = prompt_opens_reasoning(prompt), detect_reasoning(template)
+    is_quiet = asks_for_none({**(body.chat_template_kwargs or {}), **variables}) or prompt_closes_reasoning(prompt)
     return Conversation(
         prompt=prompt,
         constraint=constraint,
         tool_format=tool_format,
         tool_names=tuple(tool["function"]["name"] for tool in tools or ()),
-        has_reasoning=detect_reasoning(template),
-        opens_reasoning=prompt_opens_reasoning(prompt),
+        has_reasoning=has_reasoning,
+        opens_reasoning=opens,
+        may_reason=has_reasoning and (opens or not (is_quiet or body.continue_final_message)),
         keeps_parallel=parallel is not False,
         keeps_reasoning=include_reasoning is not False,
     )

@@ -75,7 +75,7 @@ _ENGINE = _honoured(
     cache_salt="cached prefixes are shared within one salt only (and within one API key)",
     return_token_ids="adds `token_ids` and `prompt_token_ids`",
     return_tokens_as_token_ids="log-probabilities name tokens as `token_id:123`",
-    response_format="`text`, `json_object`, `json_schema`; other types are refused",
+    response_format="`text`, `json_object`, `json_schema`; other types are refused; in chats it holds after the reasoning",
     structured_outputs="`json`, `json_object`, `regex`, `choice` or `grammar`, one of them; the other keys are refused",
     guided_json="older name of `structured_outputs.json`",
     guided_regex="older name of `structured_outputs.regex`",
@@ -111,7 +111,8 @@ _NOT_IN_THE_ENGINE = _refused(
 _CHAT_TEMPLATE = _honoured(
     add_generation_prompt="open the assistant's turn; default: unless the last message is continued",
     continue_final_message="the answer goes on with the last message",
-    chat_template_kwargs="variables for the template, such as `enable_thinking`; the names that the engine sets are refused",
+    chat_template_kwargs="variables for the template, such as `enable_thinking` (false is obeyed by a template that always opens "
+    "`<think>`, too); the names that the engine sets are refused",
     tools="functions that the model may call",
 )
 
@@ -145,7 +146,7 @@ CHAT = [
         top_logprobs="candidates per token; needs `logprobs`",
         tool_choice="`none`, `auto`, `required`, or one function by name",
         parallel_tool_calls="false: calls after the first one are left out",
-        reasoning_effort="handed to the template; refused when the template does not read it",
+        reasoning_effort="handed to the template; refused when the template does not read it; `none`: no reasoning",
         include_reasoning="false: what stands between `<think>` and `</think>` is left out of the answer",
         documents="handed to the template; refused when the template does not read it",
         echo="the last message, when it is the assistant's, comes before the answer",
@@ -280,7 +281,7 @@ MESSAGES = [
         top_k="default: all tokens",
         tools="functions; built-in tools are refused by type",
         tool_choice="`auto`, `any`, `tool`, `none`; `disable_parallel_tool_use`",
-        thinking="`enabled` and `disabled`, when the template reads `enable_thinking`; budgets are refused",
+        thinking="`enabled`, when the template reads `enable_thinking`, and `disabled`; budgets are refused",
         output_config="`format` of type `json_schema`; `effort` when the template reads it",
         metadata="`user_id`: " + _NO_EFFECT,
         service_tier="`auto` and `standard_only`: there is one tier",

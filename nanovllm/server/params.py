@@ -89,11 +89,11 @@ async def structured_of(server: Server, body: GenerationFields) -> StructuredOut
 async def constraint_of(server: Server, form: StructuredOutput | None, turn: Conversation, field: str) -> dict[str, Any]:
     """Of a chat: the params' option for `form`, or for the call that the model has to make. `field`: asked for `form`."""
     call = turn.constraint
-    if call is None:
-        return {} if form is None else {"structured": form}
-    if form is not None:
-        raise BadField("tool_choice", f"a required tool call has a form of its own; leave out {field}")
-    return {"structured": await server.grammars.make("tools", call.kind, call.value)}  # type: ignore[arg-type]
+    if call is not None:
+        if form is not None:
+            raise BadField("tool_choice", f"a required tool call has a form of its own; leave out {field}")
+        form = await server.grammars.make("tools", call.kind, call.value)  # type: ignore[arg-type]
+    return {} if form is None else {"structured": turn.after_reasoning(form)}
 
 
 def schema_text(schema: Any) -> str:

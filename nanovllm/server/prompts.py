@@ -17,6 +17,7 @@ import msgspec
 from nanovllm.errors import InvalidChatTemplate, InvalidPrompt
 from nanovllm.server.errors import BadField, HttpError
 from nanovllm.server.protocol import ChatMessage, PromptFields, Template, Tool, ToolCall
+from nanovllm.server.reasoning import asks_for_none, close_reasoning, prompt_opens_reasoning
 
 if TYPE_CHECKING:
     from nanovllm.server.context import Server
@@ -195,7 +196,7 @@ async def render(
     tools: list[dict[str, Any]] | None,
     variables: dict[str, Any] | None = None,
 ) -> str:
-    """The prompt text of a chat."""
+    """The prompt text of a chat. Who asks for no reasoning gets none, also from a template that opens it without asking."""
     kwargs = body.chat_template_kwargs or {}
     for name in kwargs:
         if name in RESERVED_KWARGS:
@@ -206,7 +207,7 @@ async def render(
     variables = {**kwargs, **(variables or {})}
     size = sum(map(_size_of, messages)) + sum(map(_size, variables.values())) + (LONG_TEXT if tools else 0)
     try:
-        return await off_loop(
+        prompt = await off_loop(
             size,
             server.engine.tokenizer.apply_chat_template,
             messages,
@@ -217,3 +218,4 @@ async def render(
         )
     except InvalidChatTemplate as error:
         raise BadField("messages", str(error)) from None
+    return close_reasoning(prompt) if asks_for_none(variables) and prompt_opens_reasoning(prompt) else prompt

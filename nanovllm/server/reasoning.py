@@ -6,6 +6,9 @@ around the marks belongs to them; all else is passed on. Knows nothing of tool c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 OPEN, CLOSE = "<think>", "</think>"
 MAX_LEADING_SPACE = 64  # characters of whitespace before OPEN
 
@@ -18,6 +21,16 @@ def detect_reasoning(chat_template: str | None) -> bool:
 def prompt_opens_reasoning(prompt: str) -> bool:
     """Whether a rendered prompt ends inside a `<think>` that the model has to close."""
     return prompt.rstrip().endswith(OPEN)
+
+
+def prompt_closes_reasoning(prompt: str) -> bool:
+    """Whether a rendered prompt ends behind it: what comes is the answer."""
+    return prompt.rstrip().endswith(CLOSE)
+
+
+def asks_for_none(variables: Mapping[str, Any]) -> bool:
+    """Whether these variables of a template tell the model not to think."""
+    return variables.get("enable_thinking") is False or variables.get("reasoning_effort") == "none"
 
 
 def close_reasoning(prompt: str) -> str:

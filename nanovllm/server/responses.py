@@ -96,7 +96,6 @@ async def create_response(request: Request) -> Response:
         names={"reasoning_effort": "reasoning.effort", "enable_thinking": "reasoning.effort"},
     )
     params = await _params(server, body, turn)
-    turn = turn.before(params)
     token_ids = await server.engine.encode(turn.prompt, False)
     identity = Identity.of(server, request, "resp_")
     writer = Writer(server, body, params, identity, turn)

@@ -3,7 +3,8 @@
 A matcher belongs to its sequence, on the control plane: it survives a preemption, because the tokens that it has read
 do. Before a token is drawn it says which tokens may come; afterwards the scheduler tells it which one came. A batch
 carries the matchers of the chunks that draw under a grammar, and the model runner asks them for their masks once the
-forward pass is under way, so that a GPU hides the work. Today's one backend is `llguidance_backend.py`.
+forward pass is under way, so that a GPU hides the work. Today's one backend is `llguidance_backend.py`; where its grammars
+begin only after a mark, `after_mark.py` stands before it.
 Knows no tensors, no requests and no scheduling.
 """
 
@@ -23,7 +24,10 @@ BITS = 32  # tokens per word of a mask
 class Matcher(Protocol):
     """One sequence's place in a grammar. Nothing here raises: what goes wrong is told by the next `accept`."""
 
-    error: str | None  # what went wrong
+    @property
+    def error(self) -> str | None:
+        """What went wrong."""
+        ...
 
     def fill_mask(self, mask: np.ndarray) -> None:
         """Write all of it, [num_mask_words] int32: the bits of the tokens that may come next are 1, the others 0."""
@@ -43,14 +47,26 @@ Matchers = Mapping[int, Matcher]  # by the sample that has to follow them
 def fill_masks(matchers: Sequence[Matcher], masks: np.ndarray) -> None:
     """Write what matcher i allows to line i of `masks`, [number of matchers, num_mask_words] int32.
 
-    A grammar engine that has something better than one after the other brings it as `fill_together` of its matchers.
+    A matcher may name another one that has taken its place (`current`). A grammar engine that has something better than
+    one after the other brings it as `fill_together` of its matchers.
     """
-    fill_together = getattr(matchers[0], "fill_together", None)
-    if fill_together is not None:
-        fill_together(matchers, masks)
-        return
-    for matcher, mask in zip(matchers, masks):
-        matcher.fill_mask(mask)
+    kinds = set(map(type, matchers))
+    if any(hasattr(kind, "current") for kind in kinds):
+        matchers = [getattr(matcher, "current", matcher) for matcher in matchers]
+        kinds = set(map(type, matchers))
+    for kind in kinds:
+        fill_together = getattr(kind, "fill_together", None)
+        if fill_together is not None and len(kinds) == 1:
+            fill_together(matchers, masks)
+            return
+        lines = [line for line, matcher in enumerate(matchers) if type(matcher) is kind]
+        if fill_together is not None:
+            own = masks[lines]
+            fill_together([matchers[line] for line in lines], own)
+            masks[lines] = own
+        else:
+            for line in lines:
+                matchers[line].fill_mask(masks[line])
 
 
 class Grammar(Protocol):

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from itertools import count
 from typing import Any
@@ -21,7 +22,8 @@ import numpy as np
 
 from nanovllm.errors import InvalidGrammar
 from nanovllm.sampling_params import StructuredOutput
-from nanovllm.structured.base import BITS, num_mask_words
+from nanovllm.structured.after_mark import AfterMark, MarkMasks
+from nanovllm.structured.base import BITS, Matcher, num_mask_words
 from nanovllm.structured.limits import check_limits
 from nanovllm.structured.mask_budget import MaskBudget
 from nanovllm.tokenizer import Tokenizer
@@ -29,6 +31,7 @@ from nanovllm.tokenizer import Tokenizer
 MAX_LEXER_STATES = 50_000  # of one sequence, 1 to 2 kB each
 MAX_COMPILE_SECONDS = 0.5  # of processor time, the first mask included
 MAX_COMPILED = 64  # grammars kept for the next request with the same one
+MAX_MARKS = 8  # whose masks are kept; a server has one or two
 MAX_MESSAGE_LENGTH = 400  # characters of a compiler's message
 # Between the parts of a JSON text. Without a limit small models write newlines until their tokens are used up.
 JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
@@ -174,6 +177,7 @@ class LLGuidanceGrammar:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Sequence[int], num_threads: int = 1) -> None:
         """`num_threads`: that compute the masks of one step."""
+        self._marks: dict[tuple[str, str | None], MarkMasks] = {}
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_token_ids = tuple(end_token_ids)
@@ -182,8 +186,10 @@ class LLGuidanceGrammar:
         self._lock = threading.Lock()  # of `_compiled`; nobody compiles under it
         self._budget = MaskBudget(num_threads=num_threads)
 
-    def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> LLGuidanceMatcher:
+    def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> Matcher:
         """Raises `InvalidGrammar`, with the compiler's words. Threads may call it; most of a compilation lets others run."""
+        if structured.after is not None:
+            return self._compile_after_mark(structured, structured.after, can_end_early)
         with self._lock:
             strands = self._compiled.get(structured, [])
         fresh = []
@@ -197,6 +203,14 @@ class LLGuidanceGrammar:
                 self._compiled.popitem(last=False)
             strands.append(strands.pop(0))
             return strands[-1].fork(can_end_early, self._budget)
+
+    def _compile_after_mark(self, structured: StructuredOutput, after: str, can_end_early: bool) -> AfterMark:
+        plain, key = replace(structured, after=None, opened_by=None), (after, structured.opened_by)
+        inner = self.compile(plain, can_end_early)
+        at_once = None if structured.opened_by is None else self.compile(plain, can_end_early)
+        masks = self._marks.get(key) or MarkMasks(self._view.tokens, self._end_token_ids, *key)
+        self._marks = {**dict(list(self._marks.items())[1 - MAX_MARKS :]), key: masks}  # other threads may read it
+        return AfterMark(inner, masks, at_once)
 
     def _compile(self, structured: StructuredOutput) -> LLGuidanceMatcher:
         library, vocabulary = self._library, self._vocabulary
@@ -227,20 +241,22 @@ class LLGuidanceGrammar:
         return llguidance
 
     @cached_property
-    def _vocabulary(self) -> Any:
-        """A tenth of a second for 49,000 tokens."""
+    def _view(self) -> _VocabularyView:
         if not self._end_token_ids:
             raise InvalidGrammar("structured output needs a model with a token that ends a text")
-        view = _VocabularyView(self._tokenizer, self._vocab_size, self._end_token_ids)
-        wrapper = self._library.TokenizerWrapper(view)
+        return _VocabularyView(self._tokenizer, self._vocab_size, self._end_token_ids)
+
+    @cached_property
+    def _vocabulary(self) -> Any:
+        """A tenth of a second for 49,000 tokens."""
+        wrapper = self._library.TokenizerWrapper(self._view)
         return self._library.LLTokenizer(wrapper, n_vocab=self._vocab_size, eos_token=list(self._end_token_ids))
 
 
 class _VocabularyView:
     """What llguidance's TokenizerWrapper reads. Special tokens are listed, so that no text can spell them."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Sequence[int], num_threads: int = 1) -> None:
-        """`num_threads`: that compute the masks of one step."""
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self.bos_token_id = tokenizer.bos_token_id
         self.eos_token_id = end_token_ids[0]

@@ -33,16 +33,32 @@ def test_the_blocks_of_the_openai_page_run(live, capsys):
     assert re.search(r"^(yes|no)$", out, re.MULTILINE) and re.search(r"^2 \d+$", out, re.MULTILINE)
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_blocks_of_the_curl_page_run(live):
+def run_with_bash(path: Path, url: str) -> str:
     outputs = []
-    for source in blocks(FOLDER / "curl.md", "bash"):
-        command = ["bash", "-euo", "pipefail", "-c", source.replace(ADDRESS, live.url)]
+    for source in blocks(path, "bash"):
+        command = ["bash", "-euo", "pipefail", "-c", source.replace(ADDRESS, url)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=100)
         assert result.returncode == 0, f"{source}\n{result.stdout}\n{result.stderr}"
         outputs.append(result.stdout)
-    everything = "\n".join(outputs)
+    return "\n".join(outputs)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_blocks_about_reasoning_run(tiny, capsys):
+    """With a model that knows `<think>`, though it has no sense."""
+    pytest.importorskip("openai")
+    namespace: dict = {}
+    for source in blocks(FOLDER / "tools-and-reasoning.md", "python"):
+        exec(compile(source.replace(ADDRESS, tiny.url), "tools-and-reasoning.md", "exec"), namespace)
+    namespace["client"].close()
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+    assert '"finish_reason":' in run_with_bash(FOLDER / "tools-and-reasoning.md", tiny.url)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_blocks_of_the_curl_page_run(live):
+    everything = run_with_bash(FOLDER / "curl.md", live.url)
     assert "data: [DONE]" in everything and '"tool_calls"' in everything and "did you mean" in everything
     assert re.search(r'"text":"(white|black)"', everything) and "vllm:num_requests_waiting" in everything
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import pytest
 from live_server import close_decision
@@ -14,6 +15,7 @@ PROMPT = "Once upon a time there was a fox"
 GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True, "return_token_ids": True}
 END, START = 2, 1  # <|im_end|>, which ends a text, and <|im_start|>
 TWO = (3000, 4000)  # two tokens that write something
+QUIET = {"chat_template_kwargs": {"enable_thinking": False}}  # a model without sense would begin to think by chance
 
 
 def post(server, path, **fields):
@@ -370,7 +372,7 @@ def test_the_request_of_vllms_benchmark_works_unchanged(tiny):
 @BOTH
 def test_structured_output_in_all_its_spellings(tiny, path):
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
-    free = {"max_tokens": 40, "ignore_eos": False}
+    free = {"max_tokens": 40, "ignore_eos": False, **(QUIET if path == CHAT else {})}
     compact = {**schema, "x-guidance": {"whitespace_flexible": False}}
 
     def text(**fields):
@@ -402,7 +404,7 @@ def test_structured_output_in_all_its_spellings(tiny, path):
     wrong = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "nonsense"}}}
     assert param(tiny, path, response_format=wrong) == "response_format"
     assert param(tiny, path, guided_regex="a" * 70_000) == "guided_regex"
-    impossible = post(tiny, path, guided_regex="\U0007ebfb")  # no token of this vocabulary has its first byte
+    impossible = post(tiny, path, **free, guided_regex="\U0007ebfb")  # no token of this vocabulary has its first byte
     assert (impossible.status, impossible.error["code"]) == (400, "grammar_failed")
 
 
@@ -461,7 +463,7 @@ def test_what_the_template_does_not_read_is_refused(live):
 
 @pytest.mark.honours(CHAT, "tools tool_choice parallel_tool_calls")
 def test_tools(tiny):
-    free = {"max_tokens": 60, "ignore_eos": False, "tools": [TOOL, OTHER_TOOL]}
+    free = {"max_tokens": 60, "ignore_eos": False, "tools": [TOOL, OTHER_TOOL], **QUIET}
     assert '"name": "look"' in prompt_text(tiny, tools=[TOOL])
     assert '"name": "look"' not in prompt_text(tiny, tools=[TOOL], tool_choice="none")
     named = {"type": "function", "function": {"name": "look"}}
@@ -478,6 +480,7 @@ def test_tools(tiny):
         "tools": [TOOL],
         "max_tokens": 80,
         "ignore_eos": False,
+        **QUIET,
     }
     assert len(choice(tiny, CHAT, **twice)["message"]["tool_calls"]) == 2
     assert len(choice(tiny, CHAT, **twice, parallel_tool_calls=False)["message"]["tool_calls"]) == 1
@@ -497,7 +500,7 @@ def test_tools(tiny):
     assert param(tiny, CHAT, tools=[TOOL], tool_choice="required", guided_regex="a") == "tool_choice"
 
 
-FORCED = {"tools": [TOOL], "tool_choice": "required", "ignore_eos": False, "bad_words": ["<|im_end|>"]}
+FORCED = {"tools": [TOOL], "tool_choice": "required", "ignore_eos": False, "bad_words": ["<|im_end|>"], **QUIET}
 
 
 def gathered(events: list) -> tuple[str, list[tuple[str, str]], str]:
@@ -539,7 +542,7 @@ def test_a_stop_string_inside_of_a_call_is_no_finished_call(tiny):
 
 @pytest.mark.honours(CHAT, "include_reasoning")
 def test_reasoning_is_split_off(tiny):
-    thought = {"guided_regex": "<think>Hm\\. So</think>Yes", "ignore_eos": False, "max_tokens": 40}
+    thought = {"guided_regex": "<think>Hm\\. So</think>Yes", "ignore_eos": False, "max_tokens": 40, **QUIET}
     reply = answer(tiny, CHAT, **thought)
     assert reply["choices"][0]["message"] == {"role": "assistant", "content": "Yes", "reasoning": "Hm. So"}
     assert 2 <= reply["usage"]["completion_tokens_details"]["reasoning_tokens"] <= reply["usage"]["completion_tokens"]
@@ -549,19 +552,83 @@ def test_reasoning_is_split_off(tiny):
     assert "".join(delta.get("content", "") for delta in deltas) == "Yes"
 
 
-def test_under_a_grammar_a_think_that_the_template_has_opened_is_closed(tiny):
-    """Or the whole answer would count as reasoning."""
-    opened = {"chat_template_kwargs": {"thinks_first": True}, "ignore_eos": False, "max_tokens": 60}
-    assert prompt_text(tiny, **opened).endswith("assistant\n<think>\n")
-    assert choice(tiny, CHAT, **opened)["message"]["reasoning"]
-    assert prompt_text(tiny, **opened, guided_choice=["yes"]).endswith("assistant\n<think>\n\n</think>\n\n")
-    assert choice(tiny, CHAT, **opened, guided_choice=["yes"])["message"] == {"role": "assistant", "content": "yes"}
-    events = post(tiny, CHAT, **opened, guided_choice=["yes"], stream=True).events
-    assert gathered(events)[0] == "yes"
-    (call,) = choice(tiny, CHAT, **opened, tools=[TOOL], tool_choice="required", parallel_tool_calls=False)["message"][
-        "tool_calls"
-    ]
-    assert json.loads(call["function"]["arguments"]) == {"n": 7}
+PIECES = ["</", "think", ">", "<", "and"]  # a model that can write little else closes its reasoning soon
+OPENED = {"chat_template_kwargs": {"thinks_first": True}}
+
+
+def thinking(server, **fields):
+    """Options of a model that thinks about its reasoning's end."""
+    token_ids = [server.post("/tokenize", {"prompt": piece, "add_special_tokens": False}).json["tokens"] for piece in PIECES]
+    assert all(len(piece) == 1 for piece in token_ids)
+    return {"temperature": 100, "seed": 7, "allowed_token_ids": joined(token_ids), "max_tokens": 400, **OPENED, **fields}
+
+
+YES = {"ignore_eos": False, "guided_choice": ["yes</think>"]}
+
+
+def test_a_form_begins_after_what_is_thought(tiny):
+    """Wherever the mark is cut into tokens; the answer may hold it again."""
+    assert prompt_text(tiny, **OPENED, **YES).endswith("assistant\n<think>\n")
+    reply = answer(tiny, CHAT, **thinking(tiny, **YES, n=3))
+    for one in reply["choices"]:
+        assert one["finish_reason"] == "stop" and one["message"]["content"] == "yes</think>"
+        assert set(re.findall("and|think", one["message"]["reasoning"]))
+        assert END not in one["token_ids"]
+    assert len({one["message"]["reasoning"] for one in reply["choices"]}) == 3
+    assert reply["usage"]["completion_tokens_details"]["reasoning_tokens"] > 3
+    streamed = {0: ["", ""], 1: ["", ""], 2: ["", ""]}
+    for chunk in post(tiny, CHAT, **thinking(tiny, **YES, n=3), stream=True).events[:-1]:
+        delta = chunk["choices"][0]["delta"]
+        for place, name in enumerate(("reasoning", "content")):
+            streamed[chunk["choices"][0]["index"]][place] += delta.get(name) or ""
+    whole = [[one["message"]["reasoning"], one["message"]["content"]] for one in reply["choices"]]
+    assert list(streamed.values()) == whole
+    hidden = choice(tiny, CHAT, **thinking(tiny, **YES), include_reasoning=False)["message"]
+    assert hidden == {"role": "assistant", "content": "yes</think>"}
+
+
+def test_a_required_call_comes_after_what_is_thought(tiny):
+    forced = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "ignore_eos": False}
+    one = choice(tiny, CHAT, **thinking(tiny, **forced))
+    (call,) = one["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"n": 7} and one["finish_reason"] == "tool_calls"
+    assert one["message"]["reasoning"] and one["message"]["content"] is None
+    content, calls, reason = gathered(post(tiny, CHAT, **thinking(tiny, **forced), stream=True).events)
+    assert (content, calls, reason) == ("", [("look", '{"n": 7}')], "tool_calls")
+
+
+def test_what_is_thought_cannot_be_the_end(tiny):
+    """An end token is not drawn, however likely; what the client asks to be the end is."""
+    ends = thinking(tiny, **YES, logit_bias={str(END): 100}, allowed_token_ids=None, temperature=0, max_tokens=30)
+    cut = choice(tiny, CHAT, **ends)
+    assert (cut["finish_reason"], cut["message"]["content"], END in cut["token_ids"]) == ("length", "", False)
+    stopped = choice(tiny, CHAT, **thinking(tiny, **YES), stop="and")
+    assert (stopped["finish_reason"], stopped["stop_reason"], stopped["message"]["content"]) == ("stop", "and", "")
+
+
+def test_who_asks_for_no_reasoning_has_the_form_at_once(tiny):
+    """Also from a template that opens it without being asked, and with no form."""
+    for quiet in (
+        {"chat_template_kwargs": {"thinks_first": True, "enable_thinking": False}},
+        {**OPENED, "reasoning_effort": "none"},
+    ):
+        assert prompt_text(tiny, **quiet).endswith("<think>\n\n</think>\n\n")
+        assert "reasoning" not in choice(tiny, CHAT, **quiet)["message"]
+        one = choice(tiny, CHAT, **YES, **quiet)
+        assert one["message"] == {"role": "assistant", "content": "yes</think>"} and len(one["token_ids"]) < 9
+
+
+def test_who_may_think_or_answer_does_either(tiny):
+    """The template opens nothing, so the model does, or begins its answer; but not where an answer is gone on with."""
+    (yes,) = tiny.post("/tokenize", {"prompt": "yes", "add_special_tokens": False}).json["tokens"]
+    answered = choice(tiny, CHAT, **YES, logit_bias={str(yes): 100})["message"]
+    assert answered == {"role": "assistant", "content": "yes</think>"}
+    pieces = thinking(tiny, **YES, chat_template_kwargs={})
+    thought = choice(tiny, CHAT, **pieces)["message"]
+    assert thought["content"] == "yes</think>" and thought["reasoning"]
+    continued = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "It is "}]
+    going_on = {"messages": continued, "continue_final_message": True, "add_generation_prompt": False}
+    assert choice(tiny, CHAT, **pieces, **going_on)["message"] == answered
 
 
 @pytest.mark.honours(CHAT, "metadata store service_tier modalities")

@@ -162,7 +162,7 @@ def test_the_form_of_a_response(tiny):
 @pytest.mark.honours(RESPONSES, "tools tool_choice parallel_tool_calls reasoning include_reasoning")
 def test_tools_and_reasoning_of_responses(tiny):
     tool = {"type": "function", "name": "look", "description": "Look it up", "parameters": SCHEMA, "strict": True}
-    free = {"ignore_eos": False, "max_output_tokens": 80}
+    free = {"ignore_eos": False, "max_output_tokens": 80, "reasoning": {"effort": "none"}}  # thought by chance, else
     named = {"type": "function", "name": "look"}
     response = respond(tiny, tools=[tool], tool_choice=named, **free)
     (call,) = response["output"]
@@ -183,6 +183,12 @@ def test_tools_and_reasoning_of_responses(tiny):
     arguments = [event["delta"] for event in events if event["type"] == "response.function_call_arguments.delta"]
     assert "".join(arguments) == done[2]["arguments"] + done[3]["arguments"]
     assert "".join(event["delta"] for event in events if event["type"] == "response.reasoning_text.delta") == "Hm"
+    begins = {"logit_bias": {"44": 100}, "max_output_tokens": 12}  # "<", and then it can only think
+    for form in (
+        {"text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}},
+        {"tools": [tool], "tool_choice": named},
+    ):
+        assert [item["type"] for item in respond(tiny, **begins, **form)["output"]] == ["reasoning"]
     plain = respond(tiny)["usage"]["input_tokens"]
     assert respond(tiny, reasoning={"effort": "high"})["usage"]["input_tokens"] > plain
     assert blamed(tiny, tool_choice="required") == "tool_choice"
@@ -191,14 +197,15 @@ def test_tools_and_reasoning_of_responses(tiny):
 def test_a_required_call_that_is_cut_is_incomplete_in_both_protocols(tiny):
     """And the calls before it are complete."""
     tool = {"type": "function", "name": "look", "parameters": SCHEMA}
-    seen = set()
+    seen, quiet = set(), {"effort": "none"}
     for limit in range(4, 60, 3):
-        response = respond(tiny, tools=[tool], tool_choice="required", logit_bias={str(END): -100}, max_output_tokens=limit)
+        forced = {"tools": [tool], "tool_choice": "required", "logit_bias": {str(END): -100}, "reasoning": quiet}
+        response = respond(tiny, **forced, max_output_tokens=limit)
         assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
         for item in (item for item in response["output"] if item["type"] == "function_call"):
             assert (item["status"] == "completed") == (item["arguments"] == '{"n": 7}')
             seen.add(item["status"])
-        reply = message(tiny, tools=[TOOL], tool_choice={"type": "any"}, max_tokens=limit)
+        reply = message(tiny, tools=[TOOL], tool_choice={"type": "any"}, max_tokens=limit, thinking={"type": "disabled"})
         blocks = [block for block in reply["content"] if block["type"] == "tool_use"]
         assert reply["stop_reason"] in ("max_tokens", "tool_use") and not [b for b in reply["content"] if b.get("text")]
         assert all(block["input"] == {"n": 7} for block in blocks[:-1])
@@ -381,7 +388,7 @@ def test_sampling_and_events_of_messages(tiny):
 
 @pytest.mark.honours(MESSAGES, "tools tool_choice thinking output_config")
 def test_tools_thinking_and_form_of_messages(tiny):
-    free = {"max_tokens": 60, "tools": [TOOL]}
+    free = {"max_tokens": 60, "tools": [TOOL], "thinking": {"type": "disabled"}}
     for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "look"}):
         called = message(tiny, **free, tool_choice=choice)
         (block,) = called["content"]
@@ -392,7 +399,9 @@ def test_tools_thinking_and_form_of_messages(tiny):
         "n": 7
     }
     form = {"format": {"type": "json_schema", "schema": SCHEMA}}
-    assert json.loads(message(tiny, max_tokens=40, output_config=form)["content"][0]["text"]) == {"n": 7}
+    assert json.loads(message(tiny, max_tokens=40, output_config=form, thinking={"type": "disabled"})["content"][0]["text"]) == {
+        "n": 7
+    }
     off = message(tiny, thinking={"type": "disabled"})["usage"]
     on = message(tiny, thinking={"type": "enabled"})["usage"]
     assert sum(off.values()) > sum(on.values())  # "<think></think>" is in the prompt

@@ -135,7 +135,9 @@ def tokenizer():
 
 def make_turn(**fields: Any) -> Conversation:
     options = {"constraint": None, "tool_format": None, "tool_names": (), "has_reasoning": False, "opens_reasoning": False}
-    return Conversation(**{"prompt": "", **options, "keeps_parallel": True, "keeps_reasoning": True, **fields})
+    return Conversation(
+        **{"prompt": "", "may_reason": False, **options, "keeps_parallel": True, "keeps_reasoning": True, **fields}
+    )
 
 
 def test_the_end_token_is_no_part_of_a_text_that_keeps_special_tokens(tokenizer):
