@@ -218,16 +218,26 @@ class CompiledDecoder:
         return logits
 
     def race(
-        self, logits: Tensor, hashes: Tensor, keys: Tensor, inverse_temperature: Tensor, top_p: Tensor, min_p: Tensor | None
+        self,
+        logits: Tensor,
+        hashes: Tensor,
+        keys: Tensor,
+        inverse_temperature: Tensor,
+        top_p: Tensor,
+        top_k: Tensor,
+        min_p: Tensor | None,
+        masks: Tensor | None,
+        mask_lines: Tensor | None,
     ) -> Tensor:
-        """A `sampling.draw.Race`: the tokens that the noise of `gumbel.py` draws within top_p and min_p, on all threads.
+        """A `sampling.draw.Race`: the tokens that the noise of `gumbel.py` draws, one row to a thread: [n] int64.
 
-        logits: [n, vocab_size] float32; hashes: [vocab_size] int32; keys: [n] int32; the others: [n, 1] float32 -> [n] int64.
+        logits: [n, vocab_size] float32; hashes: [vocab_size] int32; keys: [n] int32; the limits: [n, 1] float32, top_k int64;
+        masks: [m, num_mask_words] int32; mask_lines: [n] int32, -1 for a row without one.
         """
-        assert logits.dtype == torch.float32 and hashes.dtype == keys.dtype == torch.int32
+        assert logits.dtype == torch.float32 and hashes.dtype == keys.dtype == torch.int32 and top_k.dtype == torch.int64
         token_ids = torch.empty(len(logits), dtype=torch.int64)
-        logits, min_p = logits.contiguous(), torch.zeros_like(top_p) if min_p is None else min_p
-        operands = [logits, hashes, keys, inverse_temperature.contiguous(), top_p.contiguous(), min_p.contiguous(), token_ids]
+        logits = logits.contiguous()
+        operands = (logits, hashes, keys, inverse_temperature, top_p, top_k, min_p, masks, mask_lines, token_ids)
         draw = Draw(len(logits), logits.shape[1], *map(address, operands))
         self._library.nanovllm_draw(self._handle, ctypes.byref(draw))
         return token_ids

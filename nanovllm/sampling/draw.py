@@ -1,7 +1,8 @@
 """The four ways to draw a token, each for a group of samples: greedy, from all, within top-p, within top-k.
 
 Owns the grouping of a batch by way of drawing, and the limits of each group as tensors. All ways draw by the noise of
-`gumbel.py`, so a token that survives one filter wins as it would have without it. The filters are in `filters.py`.
+`gumbel.py`, so a token that survives one filter wins as it would have without it. The filters are in `filters.py`. A
+library that draws in all these ways at once, and under grammars, takes their place as a `Race`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from nanovllm.kernels.triton_language import use_kernel
 from nanovllm.kernels.upload import upload
 from nanovllm.sampling import filters
 from nanovllm.sampling.gumbel import exponential_noise
+from nanovllm.sampling.penalties import upload_masks
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured.base import Matchers
 
 # Rows with top_k are grouped by its size, so that one large top_k does not slow the small ones.
-GREEDY, FROM_ALL, WITHIN_TOP_P, WITHIN_SMALL_TOP_K, WITHIN_TOP_K, WITHIN_LARGE_TOP_K = range(6)
+GREEDY, FROM_ALL, WITHIN_TOP_P, WITHIN_SMALL_TOP_K, WITHIN_TOP_K, WITHIN_LARGE_TOP_K, EVERY_WAY = range(7)
 SMALL_TOP_K, LARGE_TOP_K = 64, 1024
 
 LIMITS = [
@@ -67,13 +70,15 @@ class Group:
         return Group(self.method, self.samples[lines], *limits, min_p, self.max_top_k)
 
 
-def build_groups(limits: np.ndarray, device: torch.device) -> list[Group]:
-    """Groups of a batch whose samples have `limits`, [num_samples] with the fields of `LIMITS`."""
-    return [_build_group(int(method), limits, device) for method in np.unique(limits["method"])]
+def build_groups(limits: np.ndarray, device: torch.device, is_one: bool = False) -> list[Group]:
+    """Groups of a batch whose samples have `limits`, [num_samples] with the fields of `LIMITS`; `is_one`: one for a `Race`."""
+    if is_one:
+        return [_build_group(EVERY_WAY, np.arange(len(limits)), limits, device)]
+    methods = limits["method"]
+    return [_build_group(int(one), np.flatnonzero(methods == one), limits, device) for one in np.unique(methods)]
 
 
-def _build_group(method: int, limits: np.ndarray, device: torch.device) -> Group:
-    samples = np.flatnonzero(limits["method"] == method)  # [g]
+def _build_group(method: int, samples: np.ndarray, limits: np.ndarray, device: torch.device) -> Group:
     own = limits[samples][:, None]  # [g, 1]
     return Group(
         method=method,
@@ -86,22 +91,26 @@ def _build_group(method: int, limits: np.ndarray, device: torch.device) -> Group
     )
 
 
-# (logits, hashes, keys, inverse_temperature, top_p, min_p) -> token ids: FROM_ALL and WITHIN_TOP_P at once, of float32 logits.
-Race = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# (logits, hashes, keys, inverse_temperature, top_p, top_k, min_p, masks, mask_lines) -> token ids. 1 / temperature is 0 for
+# greedy samples; of masks, and which sample has which, penalties.py says more (`upload_masks`).
+Race = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
 
 
-def draw(scores: Tensor, group: Group, hashes: Tensor, keys: Tensor, race: Race | None = None) -> Tensor:
+def race_all(race: Race, scores: Tensor, group: Group, hashes: Tensor, keys: Tensor, matchers: Matchers | None = None) -> Tensor:
+    """`draw` of a whole batch by `race`, and under the grammars of `matchers`, which come last as in `penalties.py`."""
+    masks = upload_masks(matchers, *scores.shape, scores.device) if matchers else (None, None)
+    return race(scores, hashes, keys, group.inverse_temperature, group.top_p, group.top_k, group.min_p, *masks)
+
+
+def draw(scores: Tensor, group: Group, hashes: Tensor, keys: Tensor) -> Tensor:
     """Tokens for a group, [g] int64, from its `scores`, [g, vocab], its `keys`, [g], and `hashes` of the vocabulary.
 
-    `race` is a faster way to draw without top-k. `filters.NO_TOKEN` where the scores hold NaN or plus infinity, or nothing
-    but minus infinity.
+    `filters.NO_TOKEN` where the scores hold NaN or plus infinity, or nothing but minus infinity.
     """
     if group.method == GREEDY:
         return filters.winner_of(scores)
     if group.method >= WITHIN_SMALL_TOP_K:
         return _draw_within_top_k(scores, group, hashes, keys)
-    if race is not None and scores.dtype == torch.float32:
-        return race(scores, hashes, keys, group.inverse_temperature, group.top_p, group.min_p)
     if group.method == WITHIN_TOP_P and use_kernel("draw_top_p", scores):
         return draw_within_top_p(scores, group.inverse_temperature, group.top_p, group.min_p, keys)
     blocks = filters.row_blocks(scores)

@@ -18,7 +18,7 @@ from torch import Tensor
 from nanovllm.engine.batch import RowSampling
 from nanovllm.kernels.upload import upload
 from nanovllm.sampling import filters
-from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, Race, build_groups, draw, limits_of, warm_up
+from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, Race, build_groups, draw, limits_of, race_all, warm_up
 from nanovllm.sampling.gumbel import draw_keys, stream_of, token_hashes
 from nanovllm.sampling.logprobs import BatchLogprobs, sampled_logprobs
 from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits, grammar_masks
@@ -54,7 +54,7 @@ class Sampler:
         self._hashes = token_hashes(vocab_size).to(self._device)  # [vocab] int32
         self._plan: BatchPlan | None = None
         self._plain: tuple[list[int], np.ndarray, np.ndarray, bool] | None = None  # of the rows that were asked for last
-        self.race: Race | None = None  # set where the model's library draws
+        self.race: Race | None = None  # set where the model's library draws, whatever the samples ask for
 
     def seat(self, row: int, sampling: RowSampling) -> None:
         """A sequence arrives in `row`; whatever was there is forgotten."""
@@ -88,24 +88,28 @@ class Sampler:
         if there, is the grammar that sample i follows.
         """
         plan = self._plan_for(rows)
-        edits = [*plan.edits, grammar_masks(matchers, logits.shape[-1], self._device)] if matchers else plan.edits
+        edits = plan.edits
+        if matchers and self.race is None:
+            edits = [*edits, grammar_masks(matchers, logits.shape[-1], self._device)]
         scores = apply_edits(edits, logits, positions, token_table) if edits else logits
-        token_ids = self._draw(scores, plan, positions)
+        token_ids = self._draw(scores, plan, positions, matchers)
         if not plan.logprobs_asked:
             return SampledTokens(token_ids, None)
         return SampledTokens(token_ids, sampled_logprobs(logits, token_ids, plan.logprobs_asked, plan.logprobs_lines))
 
-    def _draw(self, scores: Tensor, plan: BatchPlan, positions: list[int]) -> Tensor:
+    def _draw(self, scores: Tensor, plan: BatchPlan, positions: list[int], matchers: Matchers | None) -> Tensor:
         """[num_samples] int64."""
         if all(group.method == GREEDY for group in plan.groups):
             return filters.winner_of(scores)
         keys = upload(draw_keys(plan.streams, positions), self._device)  # [num_samples] int32
+        if self.race is not None:
+            return race_all(self.race, scores, plan.groups[0], self._hashes, keys, matchers)
         if len(plan.groups) == 1:
-            return draw(scores, plan.groups[0], self._hashes, keys, self.race)
+            return draw(scores, plan.groups[0], self._hashes, keys)
         token_ids = torch.empty(len(scores), dtype=torch.int64, device=self._device)
         for group in plan.groups:
             own_scores, own_keys = scores.index_select(0, group.samples), keys.index_select(0, group.samples)
-            token_ids.index_copy_(0, group.samples, draw(own_scores, group, self._hashes, own_keys, self.race))
+            token_ids.index_copy_(0, group.samples, draw(own_scores, group, self._hashes, own_keys))
         return token_ids
 
     def _plan_for(self, rows: list[int]) -> BatchPlan:
@@ -120,7 +124,7 @@ class Sampler:
         return BatchPlan(
             rows=rows,
             streams=columns["stream"],
-            groups=build_groups(columns, self._device),
+            groups=build_groups(columns, self._device, is_one=self.race is not None),
             edits=build_edits(edited, self._device) if edited else [],
             logprobs_asked=dict(zip(asking.tolist(), columns["num_logprobs"][asking].tolist(), strict=True)),
             logprobs_lines=upload(asking, self._device),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import weakref
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,10 +29,6 @@ from nanovllm.kernels.cpu.packing import (
 from nanovllm.loaders.gguf_blocks import dequantize
 from nanovllm.loaders.gguf_file import TENSOR_TYPES, TensorType
 from nanovllm.log import logger
-from nanovllm.models.compiled_decoder import CompiledDecoder
-from nanovllm.sampling.draw import LIMITS, Group, build_groups, draw, limits_of
-from nanovllm.sampling.gumbel import draw_keys, token_hashes
-from nanovllm.sampling_params import SamplingParams
 
 PACKERS = [pack_bfloat16, pack_int8_group, pack_int4_group]
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
@@ -170,61 +164,6 @@ def test_the_most_negative_int8_is_multiplied_rightly(instruction_set):
     raw[:, 2:] = 0x80
     out = multiply(PACK_BLOCKS["Q8_0"](raw), torch.full((1, 32), 127.0), instruction_set)
     assert out.tolist() == [[-128.0 * 127 * 32] * 16]
-
-
-def race(instruction_set: str, num_threads: int = 1) -> Any:
-    """`CompiledDecoder.race` without a model."""
-    decoder = object.__new__(CompiledDecoder)
-    decoder._library = library(instruction_set)
-    decoder._handle = decoder._library.nanovllm_create(ctypes.byref(Model(layers=(Layer * 0)())), num_threads)
-    weakref.finalize(decoder, decoder._library.nanovllm_destroy, decoder._handle)
-    return decoder.race
-
-
-WAYS = [
-    {"temperature": 0.7},
-    {"temperature": 1.3, "min_p": 0.05},
-    {"temperature": 1.0, "top_p": 0.3},
-    {"temperature": 0.9, "top_p": 0.95, "min_p": 0.01},
-    {"temperature": 1.0, "top_p": 0.999},
-]
-
-
-@pytest.mark.parametrize("instruction_set", HERE)
-class TestDraw:
-    @staticmethod
-    def operands(vocab_size: int, num_rows: int, **options: Any) -> tuple[Tensor, Group, Tensor, Tensor]:
-        """Logits of few different values, so that many are equal; some tokens are not allowed."""
-        logits = (random(num_rows, vocab_size) * 8).round() / 4
-        logits[::3, ::5] = -torch.inf
-        limits = np.array([limits_of(SamplingParams(**options), vocab_size)] * num_rows, dtype=np.dtype(LIMITS))
-        keys = draw_keys(np.arange(num_rows, dtype=np.uint64), range(num_rows))
-        return logits, build_groups(limits, logits.device)[0], token_hashes(vocab_size), torch.from_numpy(keys)
-
-    @pytest.mark.parametrize("vocab_size", [5, 97, 4096])
-    @pytest.mark.parametrize("options", WAYS)
-    def test_takes_the_tokens_that_the_torch_twin_takes(self, instruction_set, options, vocab_size):
-        operands = self.operands(vocab_size, 200, **options)
-        ours, theirs = draw(*operands, race(instruction_set)), draw(*operands)
-        assert torch.equal(ours, theirs)
-        assert len(ours.unique()) > 2
-
-    def test_of_a_row_does_not_depend_on_its_neighbours_or_the_threads(self, instruction_set):
-        logits, group, hashes, keys = self.operands(97, 50, temperature=1.0, top_p=0.9)
-        every = draw(logits, group, hashes, keys, race(instruction_set, num_threads=3))
-        alone = [draw(logits[i : i + 1], group[i : i + 1], hashes, keys[i : i + 1], race(instruction_set)) for i in range(50)]
-        assert torch.equal(every, torch.cat(alone))
-
-    @pytest.mark.parametrize("options", WAYS)
-    @pytest.mark.parametrize("place", [0, 40, 96])
-    @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
-    def test_of_what_is_not_finite_is_no_token(self, instruction_set, options, place, bad):
-        logits, *others = self.operands(97, 4, **options)
-        expected = draw(logits, *others)
-        logits[1, place] = bad
-        logits[2] = -torch.inf
-        ours = draw(logits, *others, race(instruction_set))
-        assert ours.tolist() == [expected[0], -1, -1, expected[3]]
 
 
 class TestPacking:

@@ -403,7 +403,7 @@ import sys, ctypes, torch
 sys.path.insert(0, sys.argv[1])
 from nanovllm.kernels.cpu import build
 build.COMMON_FLAGS = (*build.COMMON_FLAGS, "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-from kernels import test_cpu_step as products
+from kernels import test_cpu_draw as drawing, test_cpu_step as products
 from runner import test_compiled_step as steps
 for name in products.HERE:
     for pack in products.PACKERS:
@@ -411,7 +411,8 @@ for name in products.HERE:
             for num_rows in (9, 70):
                 products.multiply(pack(products.random(*shape)), products.random(num_rows, shape[1]), name, num_threads=3)
     for vocab_size in (5, 97):
-        products.draw(*products.TestDraw.operands(vocab_size, 9, temperature=1.0, top_p=0.9), products.race(name, num_threads=3))
+        for way in drawing.WAYS:
+            drawing.draws_the_same(name, vocab_size, [drawing.SamplingParams(**way)] * 9, share=0.3, num_threads=3)
     for family in steps.TOYS:
         for compute in steps.COMPUTES:
             steps.drive(steps.CompiledDriver(steps.compiled(family, compute, name, torch.bfloat16, threads=2)))

@@ -63,7 +63,8 @@ class Step(ctypes.Structure):
 class Draw(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("num_rows", "vocab_size")),
-        *((name, c_void_p) for name in ("logits", "hashes", "keys", "inverse_temperature", "top_p", "min_p", "token_ids")),
+        *((name, c_void_p) for name in ("logits", "hashes", "keys", "inverse_temperature", "top_p", "top_k", "min_p")),
+        *((name, c_void_p) for name in ("masks", "mask_lines", "token_ids")),
     ]
 
 

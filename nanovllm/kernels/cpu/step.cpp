@@ -1313,31 +1313,81 @@ void unpack_row(const Matrix& w, int row, float* out) {
 
 // ------------------------------------------------------------------ 8. drawing a token
 //
-// What sampling/draw.py does for temperature, min_p and top_p, by the noise that sampling/gumbel.py specifies.
+// What comes after the edits of logits in sampling/: grammars' masks, temperature, min_p, top_k and top_p, by the noise that
+// sampling/gumbel.py specifies. A mask and top_k leave blocks of 16 neighbours, and only those are weighed.
+
+constexpr float FORBIDDEN = -1e20f;  // as in sampling/penalties.py
 
 /// Lines of logits, [M, V], and how each draws.
 struct Draw {
     int32_t num_rows, vocab_size;
     const float* logits;
-    const int32_t *hashes, *keys;                         // [V], [M]
-    const float *inverse_temperature, *top_p, *min_p;     // [M]; top_p from 1 on: all tokens
-    int64_t* token_ids;                                   // [M] result; -1: the logits are not finite numbers
+    const int32_t *hashes, *keys;              // [V], [M]
+    const float *inverse_temperature, *top_p;  // [M]; 0: the most likely token; top_p from 1 on: all tokens
+    const int64_t* top_k;                      // [M]; below 1 or from V on: all tokens
+    const float* min_p;                        // [M] or null
+    const uint32_t* masks;                     // [masks, words]: token t may be drawn where bit t % 32 of word t / 32 is set
+    const int32_t* mask_lines;                 // [M], -1: without a mask; null: nobody has one
+    int64_t* token_ids;                        // [M] result; -1: the logits are not finite numbers
+
+    const uint32_t* mask(int m) const {
+        if (!mask_lines || mask_lines[m] < 0) return nullptr;
+        return masks + mask_lines[m] * ((size_t(vocab_size) + 31) / 32);
+    }
 };
 
-/// `size` values, padded to whole registers: what is read beyond them is `padding`.
+/// Values of tokens in the order of their ids: of all tokens, or of blocks of 16 that begin at `firsts`.
 struct Line {
     const float* values;
     int size;
-    float padding;
+    const int32_t* firsts;  // [size / 16], null: all tokens
 
+    /// 16 values; minus infinity beyond the end.
     Floats at(int i) const {
         float rest[LANES];
         if (i + LANES <= size) return load(values + i);
-        std::fill(rest, rest + LANES, padding);
+        std::fill(rest, rest + LANES, LOWEST);
         std::copy(values + i, values + size, rest);
         return load(rest);
     }
+
+    int token(int i) const { return firsts ? firsts[i / LANES] + i % LANES : i; }
 };
+
+/// Copies of the blocks that a mask leaves something of.
+class Kept {
+  public:
+    /// `allowed(i)`: 16 bits, of the values from i on. Those that stay are raised to `floor`, the others become minus infinity.
+    template <typename Allowed>
+    Line keep(const Line& line, float floor, const Allowed& allowed) {
+        alignas(64) static constexpr int32_t BITS[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+        int size = 0, num_blocks = (line.size + LANES - 1) / LANES;
+        values_.make_room(size_t(num_blocks) * LANES);
+        firsts_.make_room(num_blocks);
+        for (int i = 0; i < line.size; i += LANES) {
+            uint32_t bits = allowed(i);
+            if (i + LANES > line.size) bits &= (1u << (line.size - i)) - 1;
+            if (bits == 0) continue;
+            Floats ceiling = (to_floats(spread(int32_t(bits)) & load_ints(BITS)) - broadcast(0.5f)) * broadcast(INFINITY);
+            store(values_.data() + size, smaller(ceiling, larger(broadcast(floor), line.at(i))));  // NaN stays
+            firsts_[size / LANES] = line.token(i);
+            size += LANES;
+        }
+        return {values_.data(), size, firsts_.data()};
+    }
+
+  private:
+    Buffer<float> values_;
+    Buffer<int32_t> firsts_;
+};
+
+/// 0, or NaN where any is NaN.
+float nan_of(const Line& logits) {
+    Floats bad = broadcast(0.0f);  // `larger` and `smaller` hand on a NaN on their right
+    for (int i = 0; i < logits.size; i += LANES)
+        bad = fma(larger(broadcast(-3.4e38f), smaller(broadcast(3.4e38f), logits.at(i))), broadcast(0.0f), bad);
+    return sum(bad);
+}
 
 /// The largest, or NaN where any is NaN or plus infinity; minus infinity stands for tokens that are not allowed.
 float finite_peak(const Line& logits) {
@@ -1345,21 +1395,69 @@ float finite_peak(const Line& logits) {
     for (int i = 0; i < logits.size; i += LANES) {
         Floats x = logits.at(i);
         peak = larger(peak, x);
-        bad = fma(larger(broadcast(-3.4e38f), x), broadcast(0.0f), bad);  // `larger` hands on a NaN on its right
+        bad = fma(larger(broadcast(-3.4e38f), x), broadcast(0.0f), bad);
     }
     return largest(peak) + sum(bad);
 }
 
-/// The first of the largest among whole registers of values.
-int leader_of(const float* values, int size) {
-    Floats best = load(values);
-    for (int i = LANES; i < size; i += LANES) best = larger(best, load(values + i));
-    float wanted = largest(best);
-    for (int i = 0; i < size; i += LANES)
-        if (largest(at_least(load(values + i), broadcast(wanted))) > 0)
-            return int(std::find(values + i, values + i + LANES, wanted) - values);
-    return 0;
+/// Where `value` comes first; it must be there.
+int place_of(const Line& line, float value) {
+    int i = 0;
+    while (!(largest(at_least(line.at(i), broadcast(value))) > 0)) i += LANES;
+    return int(std::find(line.values + i, line.values + line.size, value) - line.values);
 }
+
+/// The first of the largest.
+int leader_of(const Line& line) {
+    Floats best = line.at(0);
+    for (int i = LANES; i < line.size; i += LANES) best = larger(best, line.at(i));
+    return place_of(line, largest(best));
+}
+
+/// The most likely tokens of a line, of equals those with the lowest ids.
+class TopK {
+  public:
+    Line keep(const Line& line, int count) {
+        find(line, count);
+        int num_blocks = (line.size + LANES - 1) / LANES;
+        bits_.make_room(num_blocks);
+        std::fill_n(bits_.data(), num_blocks, uint16_t(0));
+        for (const Candidate& one : best_) bits_[one.place / LANES] |= uint16_t(1 << one.place % LANES);
+        return kept_.keep(line, LOWEST, [&](int i) { return bits_[i / LANES]; });
+    }
+
+  private:
+    struct Candidate {
+        float logit;
+        int32_t place;
+
+        bool operator<(const Candidate& other) const {  // comes before
+            return logit > other.logit || (logit == other.logit && place < other.place);
+        }
+    };
+
+    /// Fills `best_`, by one pass: what comes later must be more likely than the last of the best so far.
+    void find(const Line& line, int count) {
+        float least = LOWEST;
+        best_.size = 0;
+        auto drop_the_rest = [&] {
+            std::nth_element(best_.begin(), best_.begin() + count - 1, best_.end());
+            best_.size = count;
+            least = best_.items[count - 1].logit;
+        };
+        for (int i = 0; i < line.size; i += LANES) {
+            if (!(largest(line.at(i)) > least)) continue;
+            for (int place = i; place < std::min(i + LANES, line.size); place++)
+                if (line.values[place] > least) best_.add({line.values[place], place});
+            if (best_.size >= 2 * count + LANES) drop_the_rest();
+        }
+        if (best_.size > count) drop_the_rest();
+    }
+
+    List<Candidate> best_;
+    Buffer<uint16_t> bits_;
+    Kept kept_;
+};
 
 /// -log(u) of 16 tokens.
 inline Floats noise(const int32_t* hashes, int32_t key) {
@@ -1387,29 +1485,46 @@ bool is_outside(const Line& logits, int leader, float nucleus, const float* weig
     return true;
 }
 
-int64_t draw_token(const Draw& draw, int m) {
+/// The token that wins among those of `logits`, whose largest is `peak`.
+int race(const Draw& draw, int m, const Line& logits, float peak) {
     thread_local Buffer<float> weights, scores;
     thread_local Buffer<int32_t> last_hashes;
-    int size = draw.vocab_size, padded = (size + LANES - 1) / LANES * LANES;
-    Line logits{draw.logits + size_t(m) * size, size, LOWEST};
-    float peak = finite_peak(logits);
-    if (!(std::fabs(peak) < INFINITY)) return -1;
+    int size = draw.vocab_size, padded = (logits.size + LANES - 1) / LANES * LANES;
     weights.make_room(padded);
     scores.make_room(padded);
     last_hashes.make_room(LANES);
     std::copy(draw.hashes + size / LANES * LANES, draw.hashes + size, last_hashes.data());
-    Floats total = broadcast(0.0f), inverse = broadcast(draw.inverse_temperature[m]), least = broadcast(draw.min_p[m]);
+    Floats inverse = broadcast(draw.inverse_temperature[m]), least = broadcast(draw.min_p ? draw.min_p[m] : 0.0f);
+    Floats total = broadcast(0.0f);
     for (int i = 0; i < padded; i += LANES) {
+        int token = logits.token(i);
         Floats weight = exponential((logits.at(i) - broadcast(peak)) * inverse);
         weight = weight * at_least(weight, least);
         total = total + weight;
         store(weights.data() + i, weight);
-        store(scores.data() + i, weight / noise(i + LANES <= size ? draw.hashes + i : last_hashes.data(), draw.keys[m]));
+        store(scores.data() + i, weight / noise(token + LANES <= size ? draw.hashes + token : last_hashes.data(), draw.keys[m]));
     }
     float nucleus = draw.top_p[m] < 1 ? draw.top_p[m] * sum(total) : INFINITY;
-    int leader = leader_of(scores.data(), padded);
-    while (is_outside(logits, leader, nucleus, weights.data(), scores.data())) leader = leader_of(scores.data(), padded);
-    return leader;
+    Line line{scores.data(), padded, nullptr};
+    int leader = leader_of(line);
+    while (is_outside(logits, leader, nucleus, weights.data(), scores.data())) leader = leader_of(line);
+    return logits.token(leader);
+}
+
+int64_t draw_token(const Draw& draw, int m) {
+    thread_local Kept allowed;
+    thread_local TopK top_k;
+    Line logits{draw.logits + size_t(m) * draw.vocab_size, draw.vocab_size, nullptr};
+    if (const uint32_t* mask = draw.mask(m)) {
+        if (std::isnan(nan_of(logits))) return -1;
+        logits = allowed.keep(logits, FORBIDDEN, [&](int i) { return mask[i / 32] >> i % 32 & 0xffff; });
+    }
+    float peak = finite_peak(logits);
+    if (!(std::fabs(peak) < INFINITY)) return -1;
+    if (draw.inverse_temperature[m] == 0) return logits.token(place_of(logits, peak));
+    int64_t count = draw.top_k[m];
+    if (0 < count && count < draw.vocab_size) logits = top_k.keep(logits, int(count));
+    return race(draw, m, logits, peak);
 }
 
 // ------------------------------------------------------------------ 9. the step
