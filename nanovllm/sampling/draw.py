@@ -98,7 +98,7 @@ Race = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, 
 
 def race_all(race: Race, scores: Tensor, group: Group, hashes: Tensor, keys: Tensor, matchers: Matchers | None = None) -> Tensor:
     """`draw` of a whole batch by `race`, and under the grammars of `matchers`, which come last as in `penalties.py`."""
-    masks = upload_masks(matchers, *scores.shape, scores.device) if matchers else (None, None)
+    masks = upload_masks(matchers, len(scores), scores.shape[1], scores.device) if matchers else (None, None)
     return race(scores, hashes, keys, group.inverse_temperature, group.top_p, group.top_k, group.min_p, *masks)
 
 
