@@ -80,6 +80,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1  # ranks that share one model
     num_threads: int | None = None  # CPU threads; None: as many as this process may use
     cpu_compute: str = "auto"  # torch, or the compiled step with weights in bf16, int8, int4; auto: as stored (docs/cpu-step.md)
+    cpu_pin_threads: bool = False  # each thread of the compiled step stays on one core; only for a machine without neighbours
 
     def __post_init__(self) -> None:
         if isinstance(self.model, Path):
@@ -121,7 +122,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{name} must be a string, got {value!r}")
-        for name in ("enable_prefix_caching", "enforce_eager"):
+        for name in ("enable_prefix_caching", "enforce_eager", "cpu_pin_threads"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
 

@@ -41,7 +41,7 @@ from nanovllm.models.registry import find_family, read_model_spec
 from nanovllm.outputs import EmbeddingOutput, GenerationOutput
 from nanovllm.parallel.group import ParallelGroup
 from nanovllm.platforms.base import DeviceMemory, Platform, select_platform
-from nanovllm.platforms.cpu import usable_cores
+from nanovllm.platforms.cpu import own_cores, usable_cores
 from nanovllm.runner.memory_plan import Measured, MemoryPlan, plan_memory
 from nanovllm.runner.stopwatch import Stopwatch
 from nanovllm.sampling_params import SamplingParams
@@ -329,8 +329,16 @@ def make_model(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> Dec
     """Of a resolved config."""
     library = None if config.cpu_compute == "torch" else load_step()
     if library is not None:
-        logger.info("compiled step: %s weights, %s instructions", config.cpu_compute, best_instruction_set())
-        return CompiledDecoder(spec, config.cpu_compute, dtype, library, torch.get_num_threads())
+        num_threads = torch.get_num_threads()
+        cores = own_cores(num_threads) if config.cpu_pin_threads else None
+        pinned = f", threads on the cores {cores}" if cores else ""
+        logger.info("compiled step: %s weights, %s instructions%s", config.cpu_compute, best_instruction_set(), pinned)
+        return CompiledDecoder(spec, config.cpu_compute, dtype, library, num_threads, cores)
+    if config.cpu_pin_threads:
+        raise ConfigError(
+            "cpu_pin_threads=True needs the compiled step, and torch computes here: by cpu_compute='torch', or because the "
+            "device, the dtype, the model or a missing compiler leaves nothing else (docs/cpu-step.md)"
+        )
     return find_family(spec.architecture)(spec, ParallelGroup(), dtype)
 
 

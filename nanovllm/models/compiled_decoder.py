@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionInputs
+from nanovllm.errors import ConfigError
 from nanovllm.forward_context import ForwardContext
 from nanovllm.kernels.cpu.library import MATRICES, VECTORS, Draw, Layer, Matrix, Model, Step, address, declare
 from nanovllm.kernels.cpu.packing import (
@@ -91,12 +92,23 @@ def loaded_bytes(spec: ModelSpec, compute: str, stored: Stored) -> int:
 
 
 class CompiledDecoder:
-    def __init__(self, spec: ModelSpec, compute: str, dtype: torch.dtype, library: ctypes.CDLL, num_threads: int) -> None:
-        """`compute`: "bf16", "int8" or "int4", the form of the weights; `dtype`: of the KV cache, float32 or bfloat16."""
+    def __init__(
+        self,
+        spec: ModelSpec,
+        compute: str,
+        dtype: torch.dtype,
+        library: ctypes.CDLL,
+        num_threads: int,
+        cores: Sequence[int] | None = None,
+    ) -> None:
+        """`compute`: "bf16", "int8" or "int4", the form of the weights; `dtype`: of the KV cache, float32 or bfloat16.
+
+        `cores`: one for each thread to stay on, the caller's first.
+        """
         self.spec, self.compute, self.dtype = spec, compute, dtype
         self.num_heads, self.num_kv_heads = spec.total_num_heads, spec.total_num_kv_heads
         self.rotary: RotaryTable | None = None
-        self._library, self._num_threads = declare(library), num_threads
+        self._library, self._num_threads, self._cores = declare(library), num_threads, cores
         self._matrices: dict[str, PackedMatrix] = {}  # by the checkpoint's name, such as "model.layers.0.mlp.up_proj"
         self._vectors: dict[str, Tensor] = {}  # norms and biases, float32
         self._caches: list[Tensor] = []  # those that the layers point to
@@ -259,6 +271,13 @@ class CompiledDecoder:
         self.close()
         self._handle = self._library.nanovllm_create(ctypes.byref(model), self._num_threads)
         self._destroy: Any = weakref.finalize(self, self._library.nanovllm_destroy, self._handle)
+        if self._cores is not None:
+            self._pin(self._cores)
+
+    def _pin(self, cores: Sequence[int]) -> None:
+        assert len(cores) == self._num_threads
+        if not self._library.nanovllm_pin(self._handle, (ctypes.c_int32 * len(cores))(*cores)):
+            raise ConfigError(f"cpu_pin_threads=True: the system does not let threads stay on the cores {list(cores)}")
 
     def close(self) -> None:
         """End the threads. Happens by itself when the decoder is forgotten."""

@@ -7,6 +7,7 @@ import math
 import mmap
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.roofline import Peak
+from nanovllm.errors import ConfigError
 from nanovllm.log import logger
 from nanovllm.platforms.base import DeviceMemory
 from nanovllm.platforms.openmp import is_chosen
@@ -88,6 +90,22 @@ def usable_cores() -> int:
     if len(quota) == 2 and quota[0].isdigit():
         cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
     return cores
+
+
+def own_cores(num_threads: int) -> list[int]:
+    """A core for each of `num_threads`, of those that this process may use: the first thread of each processor core first."""
+    if not hasattr(os, "sched_setaffinity"):
+        raise ConfigError("cpu_pin_threads=True needs Linux: this system does not let a thread stay on a core")
+    cores = sorted(os.sched_getaffinity(0))
+    if num_threads > len(cores):
+        raise ConfigError(f"cpu_pin_threads=True: {num_threads} threads, but this process may use {len(cores)} cores only")
+    seen: Counter[str] = Counter()
+    places = []  # (how many threads of the same processor core come before, core)
+    for core in cores:
+        siblings = _read(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list") or str(core)
+        places.append((seen[siblings], core))
+        seen[siblings] += 1
+    return [core for _, core in sorted(places)[:num_threads]]
 
 
 def keep_freed_memory() -> None:

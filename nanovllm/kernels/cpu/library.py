@@ -71,6 +71,7 @@ class Draw(ctypes.Structure):
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "nanovllm_instruction_set": (c_char_p, []),
     "nanovllm_create": (c_void_p, [ctypes.POINTER(Model), c_int32]),
+    "nanovllm_pin": (c_int32, [c_void_p, ctypes.POINTER(c_int32)]),
     "nanovllm_destroy": (None, [c_void_p]),
     "nanovllm_forward": (None, [c_void_p, ctypes.POINTER(Step)]),
     "nanovllm_logits": (None, [c_void_p, c_void_p, c_int32, c_void_p]),

@@ -554,6 +554,42 @@ class ThreadPool {
 
     int num_threads() const { return num_workers_ + 1; }
 
+    /// From now on worker i stays on cores[i + 1], and a caller on cores[0] during its `Visit`. False: the system refuses.
+    bool pin(const int32_t* cores) {
+        for (int i = 0; i < num_workers_; i++)
+            if (!bind_to_core(workers_[i], cores[i + 1])) return false;
+        callers_core_ = cores[0];
+        return Visit(*this).is_bound();
+    }
+
+    /// One call from outside. The caller is bound for so long and no longer, because the threads that it starts in between,
+    /// and processes, would be born on the same core and stay there.
+    class Visit {
+      public:
+        explicit Visit(const ThreadPool& pool) {
+            if (pool.callers_core_ < 0) return;
+#ifdef __linux__
+            is_bound_ = pthread_getaffinity_np(pthread_self(), sizeof before_, &before_) == 0;
+#endif
+            is_bound_ = is_bound_ && bind_to_core(pthread_self(), pool.callers_core_);
+        }
+
+        ~Visit() {
+#ifdef __linux__
+            if (is_bound_) pthread_setaffinity_np(pthread_self(), sizeof before_, &before_);
+#endif
+        }
+
+        Visit(const Visit&) = delete;
+        bool is_bound() const { return is_bound_; }
+
+      private:
+        bool is_bound_ = false;
+#ifdef __linux__
+        cpu_set_t before_;
+#endif
+    };
+
     /// task: called with 0 to num_tasks - 1.
     template <typename Task>
     void run(int num_tasks, const Task& task) {
@@ -635,6 +671,17 @@ class ThreadPool {
         }
     }
 
+    static bool bind_to_core(pthread_t thread, int core) {
+#ifdef __linux__
+        cpu_set_t cores;
+        CPU_ZERO(&cores);
+        if (core < CPU_SETSIZE) CPU_SET(core, &cores);
+        return pthread_setaffinity_np(thread, sizeof cores, &cores) == 0;
+#else
+        return false;
+#endif
+    }
+
     static void wait_a_moment(int turn) {
         if (turn < SPINS)
             pause_briefly();
@@ -643,7 +690,7 @@ class ThreadPool {
     }
 
     Buffer<pthread_t> workers_;
-    int num_workers_ = 0;
+    int num_workers_ = 0, callers_core_ = -1;
     pthread_mutex_t mutex_ = PTHREAD_MUTEX_INITIALIZER;
     pthread_cond_t is_published_ = PTHREAD_COND_INITIALIZER;
     std::atomic<int> num_sleeping_{0};
@@ -1533,7 +1580,10 @@ class Decoder {
   public:
     Decoder(const Model& model, int num_threads) : model_(model), pool_(num_threads) {}
 
+    ThreadPool& pool() { return pool_; }
+
     void forward(const Step& step) {
+        ThreadPool::Visit visit(pool_);
         int num_tokens = step.num_tokens, h = model_.hidden_size;
         make_query_tiles(step);
         residual_.make_room(size_t(num_tokens) * h);
@@ -1554,6 +1604,7 @@ class Decoder {
     }
 
     void draw(const Draw& draw) {
+        ThreadPool::Visit visit(pool_);
         each_item(draw.num_rows, [&](int m) { draw.token_ids[m] = draw_token(draw, m); });
     }
 
@@ -1561,6 +1612,7 @@ class Decoder {
     void logits(const float* hidden, int num_rows, float* out) { multiply_plain(model_.head, hidden, num_rows, out); }
 
     [[gnu::noinline]] void multiply_plain(const Matrix& w, const float* x, int num_rows, float* out) {
+        ThreadPool::Visit visit(pool_);
         activations_.prepare_for({&w}, num_rows);
         each_row(num_rows, [&](int m) {
             std::copy_n(x + size_t(m) * w.num_in, w.num_in, activations_.row(m));
@@ -1798,6 +1850,9 @@ const char* nanovllm_instruction_set() { return instruction_set(); }
 
 /// The layers and all that they point to must outlive the decoder.
 void* nanovllm_create(const Model* model, int num_threads) { return new Decoder(*model, num_threads); }
+
+/// Each thread stays on a core of its own: cores[0] the caller's while it computes, then one for each other thread. 1 if it could.
+int nanovllm_pin(void* decoder, const int32_t* cores) { return static_cast<Decoder*>(decoder)->pool().pin(cores); }
 
 void nanovllm_destroy(void* decoder) { delete static_cast<Decoder*>(decoder); }
 
