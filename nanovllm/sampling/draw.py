@@ -102,6 +102,17 @@ def race_all(race: Race, scores: Tensor, group: Group, hashes: Tensor, keys: Ten
     return race(scores, hashes, keys, group.inverse_temperature, group.top_p, group.top_k, group.min_p, *masks)
 
 
+def draw_groups(scores: Tensor, groups: list[Group], hashes: Tensor, keys: Tensor) -> Tensor:
+    """`draw` of a whole batch, each sample in the way of its group: [num_samples] int64."""
+    if len(groups) == 1:
+        return draw(scores, groups[0], hashes, keys)
+    token_ids = torch.empty(len(scores), dtype=torch.int64, device=scores.device)
+    for group in groups:
+        own_scores, own_keys = scores.index_select(0, group.samples), keys.index_select(0, group.samples)
+        token_ids.index_copy_(0, group.samples, draw(own_scores, group, hashes, own_keys))
+    return token_ids
+
+
 def draw(scores: Tensor, group: Group, hashes: Tensor, keys: Tensor) -> Tensor:
     """Tokens for a group, [g] int64, from its `scores`, [g, vocab], its `keys`, [g], and `hashes` of the vocabulary.
 

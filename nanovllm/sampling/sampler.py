@@ -18,7 +18,7 @@ from torch import Tensor
 from nanovllm.engine.batch import RowSampling
 from nanovllm.kernels.upload import upload
 from nanovllm.sampling import filters
-from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, Race, build_groups, draw, limits_of, race_all, warm_up
+from nanovllm.sampling.draw import FROM_ALL, GREEDY, LIMITS, Group, Race, build_groups, draw_groups, limits_of, race_all, warm_up
 from nanovllm.sampling.gumbel import draw_keys, stream_of, token_hashes
 from nanovllm.sampling.logprobs import BatchLogprobs, sampled_logprobs
 from nanovllm.sampling.penalties import Edit, EditedRow, apply_edits, build_edits, edits_logits, grammar_masks
@@ -104,13 +104,7 @@ class Sampler:
         keys = upload(draw_keys(plan.streams, positions), self._device)  # [num_samples] int32
         if self.race is not None:
             return race_all(self.race, scores, plan.groups[0], self._hashes, keys, matchers)
-        if len(plan.groups) == 1:
-            return draw(scores, plan.groups[0], self._hashes, keys)
-        token_ids = torch.empty(len(scores), dtype=torch.int64, device=self._device)
-        for group in plan.groups:
-            own_scores, own_keys = scores.index_select(0, group.samples), keys.index_select(0, group.samples)
-            token_ids.index_copy_(0, group.samples, draw(own_scores, group, self._hashes, own_keys))
-        return token_ids
+        return draw_groups(scores, plan.groups, self._hashes, keys)
 
     def _plan_for(self, rows: list[int]) -> BatchPlan:
         if self._plan is None or self._plan.rows != rows:
