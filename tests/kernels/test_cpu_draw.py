@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from kernels.instruction_sets import WITHOUT_TILES
+from kernels.instruction_sets import AVAILABLE
 from kernels.test_cpu_step import library
 from torch import Tensor
 
@@ -103,7 +103,7 @@ def draws_the_same(
     return ours
 
 
-@pytest.mark.parametrize("instruction_set", WITHOUT_TILES)
+@pytest.mark.parametrize("instruction_set", AVAILABLE)
 class TestDraw:
     @pytest.mark.parametrize("vocab_size", [5, 97, 4096])
     @pytest.mark.parametrize("options", WAYS)
@@ -191,4 +191,4 @@ def test_limits_compose_as_in_the_torch_sampler(values, temperature, top_k, top_
     logits = torch.tensor(values).repeat(20, 1)
     bits = None if allowed is None else np.array([allowed >> place & 1 for place in range(len(values))], dtype=bool)
     masks = None if bits is None else {row: Mask(bits) for row in range(20)}
-    assert sample(logits, params, masks, race(WITHOUT_TILES[0])) == sample(logits, params, masks, None)
+    assert sample(logits, params, masks, race(AVAILABLE[0])) == sample(logits, params, masks, None)
