@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ co
 
 WAYS: list[dict[str, Any]] = [
     {"temperature": 0},
+    {"temperature": 0.1},
     {"temperature": 0.7},
     {"temperature": 1.3, "min_p": 0.05},
     {"temperature": 1.0, "top_p": 0.3},

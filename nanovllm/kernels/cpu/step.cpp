@@ -1447,10 +1447,15 @@ float finite_peak(const Line& logits) {
     return largest(peak) + sum(bad);
 }
 
-/// Where `value` comes first; it must be there.
+/// Where `value`, the largest, comes first.
 int place_of(const Line& line, float value) {
+    constexpr int STRIDE = 8 * LANES;  // adding a register's lanes up, or comparing them, takes longer than reading it
     int i = 0;
-    while (!(largest(at_least(line.at(i), broadcast(value))) > 0)) i += LANES;
+    for (; i + STRIDE <= line.size; i += STRIDE) {
+        Floats top = line.at(i);
+        for (int j = LANES; j < STRIDE; j += LANES) top = larger(top, line.at(i + j));
+        if (largest(top) >= value) break;
+    }
     return int(std::find(line.values + i, line.values + line.size, value) - line.values);
 }
 
