@@ -117,7 +117,7 @@ class LLGuidanceMatcher:
             for i, matcher in rest:
                 matcher.fill_mask(masks[i])
             return
-        has_any = masks[:, :FEW_WORDS].any(axis=1).tolist()
+        has_any = np.any(masks[:, :FEW_WORDS], axis=1).tolist()
         for i, matcher in rest:
             if matcher._needs_finishing or not has_any[i]:
                 matcher._finish_mask(masks[i])
