@@ -30,6 +30,7 @@ from nanovllm.errors import NONFINITE_LOGITS, ConfigError, InvalidPrompt, NotFin
 from nanovllm.executor.in_process import InProcessExecutor
 from nanovllm.kernels.compiles import compile_ahead, watch_compiles
 from nanovllm.kernels.cpu.build import best_instruction_set, load_step
+from nanovllm.kernels.cpu.library import declare
 from nanovllm.loaders.checkpoint import Checkpoint, open_checkpoint
 from nanovllm.loaders.load import load_weights
 from nanovllm.loaders.weight_source import BlockSource, WeightSource
@@ -329,7 +330,8 @@ def make_model(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> Dec
     """Of a resolved config."""
     library = None if config.cpu_compute == "torch" else load_step()
     if library is not None:
-        logger.info("compiled step: %s weights, %s instructions", config.cpu_compute, best_instruction_set())
+        instructions = declare(library).nanovllm_instruction_set().decode()
+        logger.info("compiled step: %s weights, %s instructions", config.cpu_compute, instructions)
         return CompiledDecoder(spec, config.cpu_compute, dtype, library, torch.get_num_threads())
     return find_family(spec.architecture)(spec, ParallelGroup(), dtype)
 
