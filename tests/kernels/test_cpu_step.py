@@ -140,6 +140,12 @@ class TestTiles:
             last = x[-num_rows:].contiguous()
             assert torch.equal(every[-num_rows:], multiply(matrix, last, WITH_TILES, num_threads=2))
 
+    @pytest.mark.skipif(WITH_TILES != EMULATED, reason="a processor's tiles cannot be asked")
+    @pytest.mark.parametrize("pack", PACKERS)
+    def test_are_given_back(self, pack):
+        multiply(pack(random(16, 70)), random(16, 70), EMULATED)
+        assert ctypes.CDLL(library(EMULATED)._name).emulated_tiles_of_this_thread() == 0
+
     @pytest.mark.skipif(WITH_TILES != EMULATED, reason="the processor has tiles, and does not count")
     @pytest.mark.parametrize("pack", PACKERS)
     def test_multiply_all_rows_of_bfloat16_and_of_integers_whole_sixteens(self, pack):
