@@ -330,7 +330,7 @@ class TestBuilding:
         """On a processor with everything. It "compiles" by copying a library that is there."""
         path, ready = tmp_path / "old", library("portable")._name
         path.write_text(f"""#!/bin/sh
-            case "$*" in *{refused}*) echo "unknown option" >&2; exit 1;; esac
+            case "$*" in *" {refused}"*) echo "unknown option" >&2; exit 1;; esac
             for last; do :; done
             cp {ready} $last""")
         path.chmod(0o755)
