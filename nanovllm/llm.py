@@ -30,6 +30,7 @@ from nanovllm.errors import NONFINITE_LOGITS, ConfigError, InvalidPrompt, NotFin
 from nanovllm.executor.in_process import InProcessExecutor
 from nanovllm.kernels.compiles import compile_ahead, watch_compiles
 from nanovllm.kernels.cpu.build import best_instruction_set, load_step
+from nanovllm.kernels.cpu.library import declare
 from nanovllm.loaders.checkpoint import Checkpoint, open_checkpoint
 from nanovllm.loaders.load import load_weights
 from nanovllm.loaders.weight_source import BlockSource, WeightSource
@@ -332,7 +333,8 @@ def make_model(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> Dec
         num_threads = torch.get_num_threads()
         cores = own_cores(num_threads) if config.cpu_pin_threads else None
         pinned = f", threads on the cores {cores}" if cores else ""
-        logger.info("compiled step: %s weights, %s instructions%s", config.cpu_compute, best_instruction_set(), pinned)
+        instructions = declare(library).nanovllm_instruction_set().decode()
+        logger.info("compiled step: %s weights, %s instructions%s", config.cpu_compute, instructions, pinned)
         return CompiledDecoder(spec, config.cpu_compute, dtype, library, num_threads, cores)
     if config.cpu_pin_threads:
         raise ConfigError(

@@ -12,7 +12,7 @@ DEGRADATIONS = {  # what can be worse than asked for, without being an error
     "cuda_graphs": "capturing failed: steps run eagerly",
     "graph_memory": "no memory for the larger CUDA graphs: larger steps run eagerly",
     "late_compile": "a kernel was compiled while a step waited",
-    "compiled_step": "the compiled CPU step could not be built: the torch path runs",
+    "compiled_step": "the compiled CPU step could not be built for the best instructions: others, or the torch path, run",
     "kv_cache_full": "running requests were preempted, and are computed again; at most one a minute",
     "checkpoint": "the journal could not be written: requests do not survive a crash any more",
 }

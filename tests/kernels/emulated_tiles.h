@@ -107,3 +107,4 @@ inline void _tile_dpbf16ps(int to, int left, int right) {
 }
 
 extern "C" inline __attribute__((used)) long emulated_tile_products() { return emulated::num_products; }
+extern "C" inline __attribute__((used)) int emulated_tiles_of_this_thread() { return emulated::tiles[0].num_lines; }

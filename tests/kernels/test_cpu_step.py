@@ -119,30 +119,38 @@ class TestTiles:
     """16 rows of activations by 16 channels in one instruction, where that is worth it."""
 
     @pytest.mark.parametrize("pack", [pack_int8_group, pack_int4_group])
-    @pytest.mark.parametrize("num_rows", [1, 3, 4, 9, 16, 19, 20, 33, 63, 64, 65, 70, 150])
-    def test_give_the_same_bits_as_registers_for_integers(self, pack, num_rows):
-        matrix, x = pack(random(50, 500)), random(num_rows, 500, seed=1)
+    @pytest.mark.parametrize("num_in", [40, 256, 600])  # 2 groups, 8 (as many as are multiplied at once), 19
+    @pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 31, 33, 63, 64, 65, 80, 150])
+    def test_give_the_same_bits_as_registers_for_integers(self, pack, num_rows, num_in):
+        matrix, x = pack(random(50, num_in)), random(num_rows, num_in, seed=1)
         assert torch.equal(multiply(matrix, x, WITH_TILES), multiply(matrix, x, WITHOUT_TILES))
 
     @pytest.mark.parametrize("pack", PACKERS)
     def test_of_a_row_are_the_same_bits_for_any_number_of_rows(self, pack):
-        matrix, x = pack(random(50, 500)), random(150, 500, seed=1)
+        matrix, x = pack(random(50, 600)), random(150, 600, seed=1)
         every = multiply(matrix, x, WITH_TILES)
         for num_rows in (1, 2, 3, 4, 5, 15, 16, 17, 20, 31, 32, 48, 49, 64, 65, 100, 149):
             assert torch.equal(every[:num_rows], multiply(matrix, x[:num_rows].contiguous(), WITH_TILES))
             last = x[-num_rows:].contiguous()
             assert torch.equal(every[-num_rows:], multiply(matrix, last, WITH_TILES, num_threads=2))
 
+    @pytest.mark.skipif(WITH_TILES != EMULATED, reason="a processor's tiles cannot be asked")
+    @pytest.mark.parametrize("pack", PACKERS)
+    def test_are_given_back(self, pack):
+        multiply(pack(random(16, 70)), random(16, 70), EMULATED)
+        assert ctypes.CDLL(library(EMULATED)._name).emulated_tiles_of_this_thread() == 0
+
     @pytest.mark.skipif(WITH_TILES != EMULATED, reason="the processor has tiles, and does not count")
     @pytest.mark.parametrize("pack", PACKERS)
-    def test_multiply_all_rows_of_bfloat16_and_from_four_rows_on_integers(self, pack):
+    def test_multiply_all_rows_of_bfloat16_and_of_integers_whole_sixteens(self, pack):
         count = ctypes.CDLL(library(EMULATED)._name).emulated_tile_products
         matrix, num_groups = pack(random(16, 70)), 3
         is_bfloat16 = matrix.kind == Kind.BFLOAT16
-        for num_rows, num_tiles in ((1, is_bfloat16), (3, is_bfloat16), (4, 1), (19, 1 + is_bfloat16), (20, 2), (64, 4)):
+        for num_rows, num_tiles in ((1, 0), (15, 0), (16, 1), (31, 1), (64, 4), (79, 4), (80, 5)):
             before = count()
             multiply(matrix, random(num_rows, 70), EMULATED)
-            assert count() - before == num_tiles * num_groups
+            wanted = -(-num_rows // 16) if is_bfloat16 else num_tiles
+            assert count() - before == wanted * num_groups
 
 
 @pytest.mark.parametrize("instruction_set", HERE)
@@ -232,6 +240,45 @@ class TestBuilding:
         monkeypatch.setenv("CXX", shutil.which("false") or "/bin/false")
         assert build.load_step() is None
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        "refused, chosen", [("-mamx-tile", "avx512-bf16"), ("-mavx512bf16", "avx512"), ("-mavx512f", "avx2")]
+    )
+    def test_by_an_old_compiler_is_for_the_best_instructions_that_it_knows(self, tmp_path, monkeypatch, caplog, refused, chosen):
+        old = self.old_compiler(tmp_path, monkeypatch, refused)
+        with caplog.at_level("INFO"):
+            assert build.load_step() is not None
+            assert build.load_step() is not None  # without a second line
+        assert [path.name.rpartition("-")[0] for path in tmp_path.glob("*.so")] == [f"step-{chosen}"]
+        assert [record.message for record in caplog.records] == [
+            f"degraded, compiled_step: {old} did not build amx (unknown option): {chosen} runs"
+        ]
+
+    def test_by_an_old_compiler_gives_nothing_rather_than_other_instructions_than_asked_for(self, tmp_path, monkeypatch):
+        self.old_compiler(tmp_path, monkeypatch, refused="-mamx-tile")
+        assert build.load_step("amx") is None
+        monkeypatch.setenv("NANOVLLM_CPU_ISA", "amx")
+        assert build.load_step() is None
+        monkeypatch.delenv("NANOVLLM_CPU_ISA")
+        self.old_compiler(tmp_path, monkeypatch, refused="-m")  # the portable set is slower than torch
+        assert build.load_step() is None
+        assert not list(tmp_path.glob("*.so"))
+
+    @staticmethod
+    def old_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> Path:
+        """On a processor with everything. It "compiles" by copying a library that is there."""
+        path, ready = tmp_path / "old", library("portable")._name
+        path.write_text(f"""#!/bin/sh
+            case "$*" in *" {refused}"*) echo "unknown option" >&2; exit 1;; esac
+            for last; do :; done
+            cp {ready} $last""")
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(path))
+        monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
+        monkeypatch.setattr(build, "cpu_flags", lambda: build.AMX_FEATURES | {"avx2", "fma", "f16c"})
+        monkeypatch.setattr(build, "may_use_tiles", lambda: True)
+        monkeypatch.setattr(logger, "propagate", True)
+        return path
 
     def test_the_instruction_set_can_be_forced(self, monkeypatch):
         monkeypatch.setenv("NANOVLLM_CPU_ISA", "portable")

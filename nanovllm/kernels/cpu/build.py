@@ -1,8 +1,9 @@
 """Builds step.cpp with the machine's own compiler, once, and loads it.
 
 The library lies in a cache under a name made of the source, the compiler and its flags, so nothing stale is ever loaded.
-It is written under another name and then renamed: two processes may build at once. Where there is no compiler, `load_step`
-says so in one log line and returns None; the torch path runs. The C interface is described in library.py.
+It is written under another name and then renamed: two processes may build at once. A compiler that is older than the best
+instructions gives the next; where there is no compiler, `load_step` returns None and the torch path runs. Either is one log
+line. The C interface is described in library.py.
 
     NANOVLLM_CACHE    where built libraries go, else ~/.cache/nanovllm
     NANOVLLM_CPU_ISA  forces one of INSTRUCTION_SETS, for tests and measurements; refused where the machine lacks it
@@ -80,7 +81,11 @@ def may_use_tiles() -> bool:
 
 
 def load_step(instruction_set: str | None = None, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
-    """The library for this processor, built if it has to be; None, and a log line, where that is impossible."""
+    """The library for this processor, built if it has to be; None, and a log line, where that is impossible.
+
+    A set that is named, here or by NANOVLLM_CPU_ISA, is built or nothing; else what the compiler refuses gives way to the next.
+    """
+    is_named = instruction_set is not None or "NANOVLLM_CPU_ISA" in os.environ
     instruction_set = instruction_set or best_instruction_set()
     if reason := why_not(instruction_set):  # its first instruction would end the process
         raise ConfigError(f"{instruction_set} instructions cannot be had here: {reason}")
@@ -88,12 +93,27 @@ def load_step(instruction_set: str | None = None, extra_flags: tuple[str, ...] =
     if compiler is None:
         degraded("compiled_step", "no C++ compiler (%s): the torch path runs", ", ".join(COMPILERS))
         return None
-    try:
-        return ctypes.CDLL(str(build(compiler, instruction_set, extra_flags)))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        degraded("compiled_step", "%s did not build it (%s): the torch path runs", compiler, reason[0] if reason else error)
-        return None
+    better_than_torch = [name for name, (features, _) in INSTRUCTION_SETS.items() if features and not why_not(name)]
+    names, failure = [instruction_set] if is_named else better_than_torch, ""
+    for name in names or ["portable"]:
+        try:
+            library = ctypes.CDLL(str(build(compiler, name, extra_flags)))
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            failure = failure or f"{compiler} did not build {name} ({reason[0] if reason else error})"
+            if not isinstance(error, subprocess.CalledProcessError):  # no matter of flags
+                break
+        else:
+            if failure:
+                say_once(failure, f"{name} runs")
+            return library
+    say_once(failure, "the torch path runs")
+    return None
+
+
+@cache  # an engine asks twice
+def say_once(failure: str, consequence: str) -> None:
+    degraded("compiled_step", "%s: %s", failure, consequence)
 
 
 def find_compiler() -> str | None:

@@ -40,10 +40,11 @@ constexpr int QUAD = 4;          // neighbouring inputs that one integer instruc
 constexpr int PAIR = 2;          // the same for bfloat16
 constexpr int GROUP = 32;        // inputs that share a scale in the integer formats
 #ifdef USE_AMX
-constexpr int TILE_ROWS = 16;    // rows of activations that lie side by side
+constexpr bool HAS_TILES = true;
 #else
-constexpr int TILE_ROWS = 8;
+constexpr bool HAS_TILES = false;
 #endif
+constexpr int TILE_ROWS = HAS_TILES ? 16 : 8;  // rows of activations that lie side by side
 constexpr float LOWEST = -INFINITY;
 
 // ------------------------------------------------------------------ 1. registers
@@ -831,7 +832,7 @@ struct Activations {
 // one stretch of TILE_ROWS. out: [R][16].
 
 /// Integer weights come with their scales, as several short streams, and the processor's own guess at what comes next is late.
-/// (bfloat16 is one long stream: there it was measured to be slower.)
+/// (bfloat16 is one long stream: there it was measured to be slower, but for tiles, which take it faster than memory gives it.)
 inline void prefetch_weights(const void* values, int num_bytes) {
     constexpr int AHEAD = 2048, LINE = 64;
     for (int i = 0; i < num_bytes; i += LINE) __builtin_prefetch(static_cast<const char*>(values) + AHEAD + i);
@@ -902,11 +903,9 @@ void multiply_int4_group(const Matrix& w, int block, const Activations& x, int f
 
 template <int R>
 void multiply_tile(const Matrix& w, int block, const Activations& x, int first_row, float* out) {
-    switch (w.kind) {
-        case BFLOAT16: return multiply_bfloat16<R>(w, block, x, first_row, out);
-        case INT8_GROUP: return multiply_int8_group<R>(w, block, x, first_row, out);
-        default: return multiply_int4_group<R>(w, block, x, first_row, out);
-    }
+    if (w.kind == INT8_GROUP) return multiply_int8_group<R>(w, block, x, first_row, out);
+    if (w.kind == INT4_GROUP) return multiply_int4_group<R>(w, block, x, first_row, out);
+    if constexpr (!HAS_TILES) multiply_bfloat16<R>(w, block, x, first_row, out);  // tiles leave no row of it over
 }
 
 #ifdef USE_AMX
@@ -915,7 +914,7 @@ void multiply_tile(const Matrix& w, int block, const Activations& x, int first_r
 //   0..3  sums: 16 rows x 16 channels, int32 or float32
 //   4     activations of a group: 16 rows x 32 int8           6  the same in bfloat16
 //   5     weights of a group: 8 quads x 16 channels x 4 int8  7  16 pairs x 16 channels x 2 bfloat16
-// A product reads whole tiles: rows that nobody asked for are computed from what lies there, and ignored.
+// A product reads whole tiles: rows of bfloat16 that nobody asked for are computed from what lies there, and ignored.
 
 struct TileShapes {
     uint8_t palette, start_row, unused[14];
@@ -942,9 +941,8 @@ class Tiles {
     bool are_shaped_ = false;
 };
 
-constexpr int MIN_TILE_ROWS = 4;     // fewer rows of integers are faster in registers, and the same bits
-constexpr int GROUPS_AT_ONCE = 4;    // products that are stored before they are scaled: 4 KB
-constexpr int SCALED_ROWS = 8;
+constexpr int GROUPS_AT_ONCE = 8;  // products that are stored before they are scaled: 8 KB
+constexpr int SCALED_ROWS = 8;     // of which the sums, as floats, fit into registers
 constexpr int LINE_BYTES = 64;
 
 /// gcc 12 does not know that a tile is loaded from memory: it must not put off what was stored before.
@@ -989,17 +987,16 @@ inline void unpack_nibbles(const uint8_t* packed, int num_groups, uint8_t* out) 
     finish_stores();
 }
 
-/// Weights in int8 or 4 bits. out: room for whole eights of rows.
+/// Weights in int8 or 4 bits, whole sixteens of rows.
 void multiply_groups_by_tiles(const Matrix& w, int block, const Activations& x, int first_row, int end_row, float* out) {
     alignas(LINE_BYTES) uint8_t unpacked[GROUPS_AT_ONCE * GROUP * CHANNELS];
     alignas(LINE_BYTES) int32_t sums[GROUPS_AT_ONCE * TILE_ROWS * CHANNELS];
     int group_bytes = GROUP * CHANNELS / (w.kind == INT4_GROUP ? 2 : 1);
-    std::fill_n(out, (end_row - first_row + SCALED_ROWS - 1) / SCALED_ROWS * SCALED_ROWS * CHANNELS, 0.0f);
+    std::fill_n(out, (end_row - first_row) * CHANNELS, 0.0f);
     for (int g = 0; g < w.num_groups(); g += GROUPS_AT_ONCE) {
         int num_groups = std::min(GROUPS_AT_ONCE, w.num_groups() - g);
         size_t first_group = size_t(block) * w.num_groups() + g, first_scale = first_group * CHANNELS;
         const uint8_t* weights = w.values + first_group * group_bytes;
-        prefetch_weights(weights, num_groups * group_bytes);
         if (w.kind == INT4_GROUP) {
             unpack_nibbles(weights, num_groups, unpacked);
             weights = unpacked;
@@ -1007,7 +1004,7 @@ void multiply_groups_by_tiles(const Matrix& w, int block, const Activations& x, 
         for (int row = first_row; row < end_row; row += TILE_ROWS) {
             size_t place = x.place(row, g);
             multiply_int8_tiles(weights, x.integers.data() + place * GROUP, num_groups, sums);
-            for (int r = 0; r < std::min(TILE_ROWS, end_row - row); r += SCALED_ROWS)
+            for (int r = 0; r < TILE_ROWS; r += SCALED_ROWS)
                 add_scaled(sums + r * CHANNELS, w.scales + first_scale, w.minimums ? w.minimums + first_scale : nullptr, x,
                            place + r, num_groups, out + (row - first_row + r) * CHANNELS);
         }
@@ -1025,6 +1022,7 @@ void multiply_bfloat16_by_tiles(const Matrix& w, int block, const Activations& x
     _tile_zero(2);
     _tile_zero(3);
     for (int g = 0; g < w.num_groups(); g++, weights += GROUP * CHANNELS, inputs += TILE_ROWS * GROUP) {
+        prefetch_weights(weights, GROUP * CHANNELS * int(sizeof *weights));
         _tile_loadd(7, weights, LINE_BYTES);
         _tile_loadd(6, inputs, LINE_BYTES);
         _tile_dpbf16ps(0, 6, 7);
@@ -1045,10 +1043,10 @@ void multiply_bfloat16_by_tiles(const Matrix& w, int block, const Activations& x
     if (num_tiles > 3) _tile_stored(3, out + 3 * SIZE, LINE_BYTES);
 }
 
-/// Returns the first row that is left over. All rows of bfloat16 go by tiles, because there sums have another order.
+/// Returns the first row that is left over. All rows of bfloat16 go by tiles, because there sums have another order; of integers,
+/// where registers give the same bits, only whole tiles do.
 int multiply_by_tiles(const Matrix& w, int block, const Activations& x, int first_row, int end_row, float* out, Tiles& tiles) {
-    int num_left = w.kind == BFLOAT16 ? 0 : (end_row - first_row) % TILE_ROWS;
-    if (num_left < MIN_TILE_ROWS) end_row -= num_left;
+    if (w.kind != BFLOAT16) end_row -= (end_row - first_row) % TILE_ROWS;
     if (end_row == first_row) return first_row;
     tiles.shape();
     finish_stores();
