@@ -26,8 +26,10 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NoReturn
 
+from nanovllm import __version__
 from nanovllm.bench.commands import add_bench_commands
 from nanovllm.config import EngineConfig
 from nanovllm.engine.progress import deferred_interrupt
@@ -335,7 +337,7 @@ def run_env(arguments: argparse.Namespace) -> int:
     device.prepare(None)
     memory = device.memory()
     rows = [
-        ("nanovllm", metadata.version("nanovllm")),
+        ("nanovllm", f"{__version__} in {Path(__file__).parent}"),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         *((name, _version(name)) for name in LIBRARIES),
         ("device", device.describe()),
