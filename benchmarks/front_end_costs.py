@@ -5,7 +5,8 @@
 Loads of one server whose engine computes nothing, with the client that the benchmarks use; most are many streams at once.
 Answers of one token after prompts of 4, 512 and 1,024 words; answers of many tokens, *paced* so that every token is an
 event of its own; the same *saturated*, where tokens that have come meanwhile share an event. *Alone*: one request after
-the other, for what no processor is busy with: sockets, and threads and processes that wake up. The server's event loop is
+the other, for what no processor is busy with: sockets, and threads and processes that wake up. And without a server: what
+the engine's thread does with a new request. The server's event loop is
 the main thread of its process; its other threads tokenise, and move bytes. Processor time hardly depends on what else the
 machine does. `nanovllm/simulation/calibrate.py` makes the simulator's front end of the record.
 """
@@ -16,14 +17,21 @@ import argparse
 import asyncio
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from front_end import STEPS_PER_SECOND, running_server
+from front_end import STEPS_PER_SECOND, TESTS, running_server
 
 from nanovllm.bench.http_client import Endpoint, stream
 from nanovllm.bench.record import summary, write_record
+from nanovllm.config import SchedulerLimits
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.messages import AddRequest, decode_for_engine, encode
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.sampling_params import SamplingParams
 
 
 def thread_times(pid: int) -> tuple[float, float]:
@@ -69,6 +77,40 @@ def measure_alone(num_requests: int = 100, num_words: int = 512, repeats: int = 
     return {"words": num_words, "tokens": 1, **{key: summary(numbers) for key, numbers in values.items()}}
 
 
+def measure_engine(num_requests: int = 256, repeats: int = 9) -> dict[str, Any]:
+    """What a request costs the engine's thread until its prompt is in a batch, microseconds, by length of the prompt.
+
+    `intake_us`: to decode its message and let it through the door. `admit_us`: to hash, place and schedule it, in a step.
+    """
+    sys.path.insert(0, str(TESTS))
+    from support import CountingExecutor
+
+    params = SamplingParams(temperature=0.0, max_tokens=512, ignore_eos=True)
+    results: dict[str, Any] = {}
+    for num_tokens in (4, 512, 1024):
+        intake, admit = [], []
+        for repeat in range(repeats):
+            scheduler = Scheduler(BlockManager(17_052, 64, True), SchedulerLimits(num_requests, 8192))
+            engine = LLMEngine(scheduler, CountingExecutor(), vocab_size=1 << 31, max_model_len=16_384, num_steps_ahead=1)
+            payloads = [
+                encode(AddRequest(number, str(number), [number * 1024 + place for place in range(num_tokens)], params, [], 0, ""))
+                for number in range(num_requests)
+            ]
+            began = time.thread_time()
+            for payload in payloads:
+                message = decode_for_engine(payload)
+                engine.add_request(message.token_ids, message.params, request_id=message.request_id)
+            taken = time.thread_time()
+            engine.step(may_collect=False)
+            admit.append((time.thread_time() - taken) / len(scheduler.running) * 1e6)
+            intake.append((taken - began) / num_requests * 1e6)
+        results[str(num_tokens)] = {"intake_us": summary(intake), "admit_us": summary(admit)}
+        print(
+            "engine", num_tokens, {key: round(value["median"], 1) for key, value in results[str(num_tokens)].items()}, flush=True
+        )
+    return results
+
+
 def measure(builder: str, loads: dict[str, tuple[int, int]], num_streams: int, repeats: int) -> dict[str, Any]:
     """Name of a load -> processor time per request, microseconds. `loads`: (words, tokens)."""
     engine = {"builder": builder, "max_num_seqs": num_streams, "num_kv_blocks": 131_072}
@@ -96,12 +138,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100, help="of the long answers")
     parser.add_argument("--steps-per-second", type=float, default=10.0, help="of the paced load")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--only-alone", action="store_true", help="no other load")
+    parser.add_argument("--only-alone", action="store_true", help="not the loads of many streams")
     parser.add_argument("--record", help="write a record with this name")
     arguments = parser.parse_args()
     os.environ[STEPS_PER_SECOND] = str(arguments.steps_per_second)
     shape = arguments.streams, arguments.repeats
-    content: dict[str, Any] = {"alone": measure_alone()}
+    content: dict[str, Any] = {"alone": measure_alone(), "engine": measure_engine()}
     if not arguments.only_alone:
         one_token = {"short": (4, 1), "words 512": (512, 1), "words 1024": (1024, 1)}
         content["loads"] = measure("served:counting", {**one_token, "saturated": (4, arguments.tokens)}, *shape)
