@@ -29,7 +29,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nanovllm import __version__
 from nanovllm.bench.commands import add_bench_commands
 from nanovllm.config import EngineConfig
 from nanovllm.engine.progress import deferred_interrupt
@@ -40,6 +39,7 @@ from nanovllm.retry import RetryPolicy
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.options import ServerOptions
 from nanovllm.simulation.command import SimulateOptions, run_simulation
+from nanovllm.version import __version__
 
 CLI_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty", "ignore_eos", "n")
 SERVER_NAMES = [field.name for field in dataclasses.fields(ServerOptions) if field.name != "tells_requests"]

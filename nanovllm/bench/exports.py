@@ -12,10 +12,10 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nanovllm import __version__
 from nanovllm.bench.load import Row
 from nanovllm.bench.results import LATENCIES, percentile
 from nanovllm.errors import ConfigError
+from nanovllm.version import __version__
 
 MANIFEST_SCHEMA = "leaderboard-export-manifest/v2"
 NOTES = "teaching record, not for publication"

@@ -10,10 +10,10 @@ import re
 import time
 from typing import Any
 
-from nanovllm import __version__
 from nanovllm.errors import ConfigError
 from nanovllm.observability.timeline import Timeline
 from nanovllm.observability.tracker import Sink
+from nanovllm.version import __version__
 
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 TIMEOUT_S = 5  # of one export; a collector that is away must not hold up the end of the engine
