@@ -89,7 +89,7 @@ def measure_engine(num_requests: int = 256, repeats: int = 9) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for num_tokens in (4, 512, 1024):
         intake, admit = [], []
-        for repeat in range(repeats):
+        for _ in range(repeats):
             scheduler = Scheduler(BlockManager(17_052, 64, True), SchedulerLimits(num_requests, 8192))
             engine = LLMEngine(scheduler, CountingExecutor(), vocab_size=1 << 31, max_model_len=16_384, num_steps_ahead=1)
             payloads = [
