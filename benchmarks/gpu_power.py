@@ -4,7 +4,7 @@
 
 Three seconds of nothing, then three of bf16 products (8,192 cubed, random values) without a pause. The rate of every ten
 products is kept: at first the card runs at its highest clock, until power limits it. Joules are NVML's, as our probe reads
-them (`nanovllm/energy.py`); how often its counter moves is measured too. `nanovllm/simulation/calibrate.py` takes the rates.
+them (`nanovllm/energy.py`); how often its counter moves is measured too. Not run on a GPU yet (2026-11-29).
 """
 
 from __future__ import annotations
