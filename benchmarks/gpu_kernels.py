@@ -5,7 +5,7 @@
 The ceilings are measured in the same run: reading bandwidth (a reduction over 4 GB) and the bf16 matrix rate (8192 cubed),
 which is higher for a few products after a rest than for many, when power limits the clock. Times are replays of CUDA
 graphs over several sets of buffers, so that the cache helps no more than in a step. Bytes and operations are the least that
-the work needs. Shapes: Qwen3-0.6B (16 query heads on 8 KV heads of 128).
+the work needs. Shapes: Qwen3-0.6B (16 query heads on 8 KV heads of 128), products of prompts also Qwen3-8B.
 """
 
 from __future__ import annotations
@@ -203,6 +203,15 @@ def products(table: Table) -> None:
             table.add(f"library: {name}", f"{rows} x {k} x {n}", calls, n * k * 2, 2 * rows * n * k)
 
 
+def prompt_products(table: Table) -> None:
+    """Of Qwen3-8B, for prompts: bytes and operations take about as long, or operations longer."""
+    shapes = {"qkv": (6144, 4096), "o": (4096, 4096), "gate/up": (24_576, 4096), "down": (4096, 12_288)}
+    for name, (n, k) in shapes.items():
+        for rows in (128, 256, 512, 1024, 4096):
+            calls = sets(lambda r=rows, n=n, k=k: library_call(r, n, k), n * k * 2)
+            table.add(f"library, 8B: {name}", f"{rows} x {k} x {n}", calls, n * k * 2, 2 * rows * n * k)
+
+
 def one_call(name: str, n: int, k: int) -> Callable[[], object]:
     x, weight, norm, residual, gate_up = bf16(1, k), bf16(n, k) * 0.02, bf16(k), bf16(1, n), bf16(1, 2 * k)
     if name in ("qkv", "gate/up"):
@@ -243,12 +252,14 @@ def top_p_call(rows: int) -> Callable[[], object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {part.__name__: part for part in (attention, elementwise, products, prompt_products, sampling)}
+    parser.add_argument("--parts", nargs="+", choices=parts, default=[*parts])
     parser.add_argument("--record", metavar="NAME")
     arguments = parser.parse_args()
     with torch.inference_mode():
         table = Table()
-        for part in (attention, elementwise, products, sampling):
-            part(table)
+        for name in arguments.parts:
+            parts[name](table)
     if arguments.record:
         ceilings = {
             "read_bytes_per_s": table.bandwidth,

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.platforms.openmp import set_waiting_policy
+from nanovllm.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from nanovllm.outputs import CompletionOutput, EmbeddingOutput, GenerationOutput
     from nanovllm.sampling_params import SamplingParams, StructuredOutput
 
-__version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncEngine",

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NoReturn
 
 from nanovllm.bench.commands import add_bench_commands
@@ -38,6 +39,7 @@ from nanovllm.retry import RetryPolicy
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.options import ServerOptions
 from nanovllm.simulation.command import SimulateOptions, run_simulation
+from nanovllm.version import __version__
 
 CLI_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty", "ignore_eos", "n")
 SERVER_NAMES = [field.name for field in dataclasses.fields(ServerOptions) if field.name != "tells_requests"]
@@ -335,7 +337,7 @@ def run_env(arguments: argparse.Namespace) -> int:
     device.prepare(None)
     memory = device.memory()
     rows = [
-        ("nanovllm", metadata.version("nanovllm")),
+        ("nanovllm", f"{__version__} in {Path(__file__).parent}"),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         *((name, _version(name)) for name in LIBRARIES),
         ("device", device.describe()),

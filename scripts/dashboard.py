@@ -37,6 +37,7 @@ def share(work: str, peak: str) -> str:
 
 
 STEPS, DEVICE = "nanovllm:engine_steps_total", "nanovllm:engine_forward_seconds_total"
+ENERGY, GENERATED = "nanovllm:energy_joules_total", rate("vllm:generation_tokens_total")
 PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [  # title, unit, (legend, query)
     ("Time to first token", "s", quantiles("vllm:time_to_first_token_seconds")),
     (
@@ -51,7 +52,7 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [  # title, unit, (legend
     (
         "Tokens per second",
         "short",
-        [("prompt", rate("vllm:prompt_tokens_total")), ("generated", rate("vllm:generation_tokens_total"))],
+        [("prompt", rate("vllm:prompt_tokens_total")), ("generated", GENERATED)],
     ),
     ("Requests per second, by end", "reqps", [("{{finished_reason}}", rate("vllm:request_success_total", "finished_reason"))]),
     ("Refused per second, by reason", "reqps", [("{{reason}}", rate("nanovllm:requests_refused_total", "reason"))]),
@@ -101,6 +102,15 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [  # title, unit, (legend
         [("moved", f"{rate('nanovllm:engine_model_bytes_total')} / {rate(DEVICE)}")],
     ),
     ("Tokens per step", "short", [("tokens", f"{rate('nanovllm:engine_computed_tokens_total')} / {rate(STEPS)}")]),
+    ("Power, where the hardware tells", "watt", [("{{instance}} {{device}}", rate(ENERGY, "instance, device"))]),
+    (
+        "Joules per token, where the hardware tells",
+        "joule",
+        [
+            ("per generated token", f"{rate(ENERGY)} / ({GENERATED} > 0)"),
+            ("per token, prompts included", f"{rate(ENERGY)} / ({rate('vllm:prompt_tokens_total')} + {GENERATED} > 0)"),
+        ],
+    ),
     ("HTTP responses per second", "reqps", [("{{status}}", rate("nanovllm:http_responses_total", "status"))]),
 ]
 

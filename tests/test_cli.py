@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,11 @@ from pathlib import Path
 import pytest
 from support import greedy, make_engine, make_scheduler
 
+import nanovllm
 from nanovllm.cli import build_parser, main
 from nanovllm.observability.flight_recorder import FlightRecorder
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_generate_prints_prompt_and_completion(capsys):
@@ -53,6 +58,27 @@ def test_env_names_device_backend_and_default_model(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert "attention" in out and "default model" in out and "torch" in out and "energy" in out
+
+
+def test_a_clone_that_is_not_installed_knows_its_version(monkeypatch, capsys):
+    installed = importlib.metadata.version
+
+    def version(package: str) -> str:
+        if package == "nanovllm":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert main(["env"]) == 0
+    assert f"nanovllm          {nanovllm.__version__} in {ROOT / 'nanovllm'}\n" in capsys.readouterr().out
+    asked = [path for path in (ROOT / "nanovllm").rglob("*.py") if 'version("nanovllm")' in path.read_text(encoding="utf-8")]
+    assert asked == []  # bench's exports, spans and the server take the same
+
+
+def test_the_version_is_one():
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    chart = (ROOT / "deploy/helm/nanovllm/Chart.yaml").read_text(encoding="utf-8")
+    assert version == nanovllm.__version__ and f'appVersion: "{version}"' in chart
 
 
 @pytest.mark.parametrize(

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-
 import pytest
+from fake_nvml import COMPILER, write_nvml
 
 from nanovllm.energy import EnergyMeter
 
 NO_NVML = "libnvidia-ml-of-nobody.so"
-FAKE_NVML = """
-#include <string.h>
-static unsigned long long used[2] = {5000, 70000};
-int nvmlInit_v2(void) { return 0; }
-int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return 0; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { *device = &used[index]; return 0; }
-int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) { *device = &used[1]; return strcmp(uuid, "GPU-1") ? 2 : 0; }
-int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *energy)
-    { *energy = *(unsigned long long *)device += 1500; return 0; }
-const char *nvmlErrorString(int status) { return "Not Found"; }
-"""
 
 
 def zone(powercap, name: str, kind: str, microjoules: int, limit: int = 262_143_328_850):
@@ -75,14 +62,9 @@ def test_what_does_not_tell_has_a_reason(tmp_path):
 
 @pytest.fixture(scope="module")
 def nvml(tmp_path_factory):
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
+    if COMPILER is None:
         pytest.skip("no C compiler")
-    folder = tmp_path_factory.mktemp("nvml")
-    (folder / "nvml.c").write_text(FAKE_NVML)
-    library = folder / "libnvidia-ml.so.1"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(folder / "nvml.c")], check=True)
-    return str(library)
+    return str(write_nvml(tmp_path_factory.mktemp("nvml")))
 
 
 @pytest.mark.parametrize(

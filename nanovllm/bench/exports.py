@@ -10,12 +10,12 @@ import hashlib
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 from nanovllm.bench.load import Row
 from nanovllm.bench.results import LATENCIES, percentile
 from nanovllm.errors import ConfigError
+from nanovllm.version import __version__
 
 MANIFEST_SCHEMA = "leaderboard-export-manifest/v2"
 NOTES = "teaching record, not for publication"
@@ -116,7 +116,7 @@ def leaderboard_entry(record: Mapping[str, Any], submitter: str, peak_mem_mb: fl
     return {
         "entry_id": str(uuid.uuid5(uuid.NAMESPACE_URL, key)),
         "engine": "nanovllm",
-        "engine_version": metadata.version("nanovllm"),
+        "engine_version": __version__,
         "config_type": "multi_gpu" if len(environment["gpus"]) > 1 else "single_gpu",
         "hardware": _hardware(environment),
         "model": _model(record),
@@ -141,7 +141,7 @@ def leaderboard_entry(record: Mapping[str, Any], submitter: str, peak_mem_mb: fl
         "versions": {
             "protocol": "openai-v1",
             "backend": str(environment["libraries"].get("torch")),
-            "core": environment["commit"] or metadata.version("nanovllm"),
+            "core": environment["commit"] or __version__,
         },
         "environment": {"os": environment["system"], "python_version": environment["python"]},
         "metadata": {

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 import time
-from importlib import metadata
 from typing import Any
 
 from nanovllm.errors import ConfigError
 from nanovllm.observability.timeline import Timeline
 from nanovllm.observability.tracker import Sink
+from nanovllm.version import __version__
 
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 TIMEOUT_S = 5  # of one export; a collector that is away must not hold up the end of the engine
@@ -30,7 +30,7 @@ class OtelSpans(Sink):
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ModuleNotFoundError as error:
             raise ConfigError(f"otlp_endpoint needs {error.name!r}: pip install 'nanovllm[trace]'") from error
-        resource = Resource.create({"service.name": "nanovllm", "service.version": metadata.version("nanovllm")})
+        resource = Resource.create({"service.name": "nanovllm", "service.version": __version__})
         self._provider = TracerProvider(resource=resource)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=TIMEOUT_S)))
         self._tracer = self._provider.get_tracer("nanovllm")

@@ -3,11 +3,12 @@
     records of kernels   bandwidth, matrix rates, latency of each kind of kernel, sampler
     record of steps      the gap between two kernels of a graph
     offline records      host time of a step (their `steps`), by batch size
-    front end costs      what keeps the event loops of server and client busy, by request and by event
+    front end costs      what keeps the event loops of server and client busy, by request, token and event; what the
+                         engine's thread does with a new request
 
-By hand, not here: `idle_s` from one first token offline; of the GPU's machine `frontend_latency_s`, `frontend_request_s`,
-`frontend_event_s` and `client_request_s` from rows of one server; the clock of a moment; keyframe and eager launches.
-All else of whole runs is a prediction. Read next: `validate.py`.
+By hand, not here: `idle_s` from one first token offline; `frontend_latency_s` from one first token of a server; the rate of
+long products and when it sets in; messages, keyframe and eager launches (docs/simulator.md has the sources). All else of
+whole runs is a prediction. Read next: `validate.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from nanovllm.simulation.hardware import Calibration, Hardware
 from nanovllm.simulation.shapes import SHAPES
 
 HEAD_DIM, NUM_HEADS, VOCABULARY = 128, 16, 151_936  # of the kernels record
-HOST_TOKEN_S = 0.012 / 131_072  # benchmarks/LOG.md, 2026-11-25: checking 131,072 token ids took 12 ms
 
 
 def calibrate(
@@ -30,14 +30,13 @@ def calibrate(
 ) -> Calibration:
     """The calibration of `hardware`; its front end is kept, and so is what was set by hand."""
     memory = kernels["ceilings"]["read_bytes_per_s"]
-    burst = kernels["ceilings"].get("bf16_burst_flop_per_s", hardware.calibration.burst_product * hardware.flops)
+    burst = kernels["ceilings"]["bf16_burst_flop_per_s"]
     attention_rate, tile_keys = _prompt_attention(kernels)
     product_s, attention_s = (_latency(kernels, one, memory, burst) for one in (_is_library_product, _is_decode_attention))
     host_step_s, host_sequence_s = _host(offline)
     calibration = replace(
         hardware.calibration,
         memory=memory / hardware.bandwidth,
-        product=kernels["ceilings"]["bf16_flop_per_s"] / hardware.flops,
         burst_product=burst / hardware.flops,
         overlap=_overlap(kernels, memory, burst, product_s),
         attention=attention_rate / hardware.flops,
@@ -52,13 +51,16 @@ def calibrate(
         greedy_logit_s=_sampler(kernels, "sample, greedy"),
         host_step_s=host_step_s,
         host_sequence_s=host_sequence_s,
-        host_token_s=HOST_TOKEN_S,
     )
     return replace(calibration, gap_s=_gap(replace(hardware, calibration=calibration), steps))
 
 
 def calibrate_front_end(calibration: Calibration, costs: dict[str, Any]) -> Calibration:
-    """With the processor times of the record `front-end-costs`; the latency, which is none, is kept."""
+    """With the processor times of the record `front-end-costs`; the latency, which is none, is kept.
+
+    Tokenising runs beside the event loop, but Python before and after it holds the interpreter's lock: the part of a
+    thread's time that does not grow with the prompt keeps the event loop waiting, and counts as its own.
+    """
     loads = costs["loads"]
 
     def us(load: str, key: str) -> float:
@@ -66,14 +68,30 @@ def calibrate_front_end(calibration: Calibration, costs: dict[str, Any]) -> Cali
 
     num_events = sum(sign * loads[one]["tokens"] * us(one, "events_per_token") for one, sign in (("paced", 1), ("saturated", -1)))
     event_us, client_event_us = ((us("paced", key) - us("saturated", key)) / num_events for key in ("loop_us", "client_us"))
-    num_words = loads["words 1024"]["words"] - loads["words 512"]["words"]
+    num_short, num_words, num_more = (loads[one]["words"] for one in ("short", "words 512", "words 1024"))
+    token_us = (us("words 1024", "loop_us") - us("short", "loop_us")) / (num_more - num_short)
+    in_thread_us = (us("words 1024", "threads_us") - us("words 512", "threads_us")) / (num_more - num_words)
+    locked_us = us("words 512", "threads_us") - us("short", "threads_us") - num_words * in_thread_us
     return replace(
         calibration,
-        frontend_request_s=1e-6 * (us("words 512", "loop_us") - event_us),
+        frontend_request_s=1e-6 * (us("short", "loop_us") - num_short * token_us + locked_us - event_us),
+        frontend_token_s=1e-6 * token_us,
         frontend_event_s=1e-6 * event_us,
-        tokenize_token_s=1e-6 * (us("words 1024", "threads_us") - us("words 512", "threads_us")) / num_words,
+        tokenize_token_s=1e-6 * in_thread_us,
         client_request_s=1e-6 * (us("words 512", "client_us") - client_event_us),
         client_event_s=1e-6 * client_event_us,
+    )
+
+
+def calibrate_requests(calibration: Calibration, engine: dict[str, Any]) -> Calibration:
+    """With the field `engine` of a record of front end costs: lines through prompts of 4 and of 1,024 tokens."""
+    short, long = engine["4"], engine["1024"]
+    intake_s, admit_s = ((long[key]["median"] - short[key]["median"]) / 1020e6 for key in ("intake_us", "admit_us"))
+    return replace(
+        calibration,
+        host_request_s=1e-6 * short["intake_us"]["median"] - 4 * intake_s,
+        host_token_s=intake_s,
+        host_admit_token_s=admit_s,
     )
 
 

@@ -64,6 +64,8 @@ class SimulateOptions:
             raise ConfigError(f"share={self.share!r} must be above 0 and at most 1")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature={self.temperature!r} must be at least 0")
+        if self.validate and replace(self, validate=False) != SimulateOptions():
+            raise ConfigError("validate=True compares with the records of one H200 and takes no other option")
 
     def deployment(self, workload: Workload) -> Deployment:
         names = ("max_num_seqs", "max_num_batched_tokens", "max_prompt_chunk", "max_model_len", "scheduling_policy")

@@ -22,6 +22,12 @@ from nanovllm.simulation.cost import CostModel
 TOKEN = [7]  # what every draw yields; nobody writes to it
 
 
+def num_prompt_tokens(batch: ScheduledBatch) -> int:
+    """Of the prompts that end in this step, cached tokens too: what has been hashed for them."""
+    lengths = batch.lengths
+    return sum(batch.starts[chunk] + lengths[chunk] for chunk in batch.sampled_chunks if lengths[chunk] > 1)
+
+
 @dataclass(slots=True)
 class VirtualClock:
     """Seconds since the simulation began. Called like `time.monotonic`."""
@@ -57,6 +63,7 @@ class SimulatedExecutor:
         cost, work, num_chunks = self.cost.step(batch), self.work, len(batch.rows)
         calibration = self.cost.hardware.calibration
         host_s = calibration.host_step_s + num_chunks * calibration.host_sequence_s + cost.launch_s
+        host_s += num_prompt_tokens(batch) * calibration.host_admit_token_s
         self.clock.now += host_s
         idle_s = 0.0 if self._in_flight else calibration.idle_s
         self._device_free_at = max(self._device_free_at, self.clock.now + idle_s) + cost.device_s

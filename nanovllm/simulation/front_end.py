@@ -30,9 +30,11 @@ from typing import NamedTuple
 from nanovllm.simulation.hardware import Calibration
 
 MAX_MESSAGES_PER_TURN = 8  # `engine/connection.py`'s
-CLIENT_TURNS = 3  # connect; be connected; write
-TURNS_BEFORE_TOKENS = 3  # of the server: accept; receive; run the handler until it waits for the thread that tokenises
-TURNS_WITH_TOKENS = 4  # hear of the tokens; go on; let others run; the task that streams hands the request to the engine
+CLIENT_TURNS = 7  # look the name up, in a thread: 3; connect: 2; be connected; write
+# Turns of the server, with their shares of a request's time, about as seen in a run of 512 at once (benchmarks/LOG.md).
+TURNS_BEFORE_TOKENS = (0.08, 0.10, 0.16)  # accept; receive; run the handler until it waits for the thread that tokenises
+TURNS_WITH_TOKENS = (0.03, 0.03, 0.03, 0.35)  # hear of the tokens; go on; let others run; check, hand over, begin the answer
+SHARE_END = 0.22  # after the last token
 
 
 class EventLoop:
@@ -66,21 +68,21 @@ class EventLoop:
 def _run_turns(
     loop: EventLoop,
     time: float,
-    count: int,
-    seconds: float,
+    costs: Sequence[float],
     then: Callable[[float], None],
     begin: Callable[[float], None] | None = None,
 ) -> None:
-    """So many turns of `loop` for one thing, the first at `time`, each of so many seconds. Then `then(now)`."""
+    """A turn of `loop` for each of `costs`, seconds, the first at `time`. Then `then(now)`."""
 
     def turn(now: float) -> float:
         if begin is not None:
             begin(now)
-        if count > 1:
-            _run_turns(loop, now + seconds, count - 1, seconds, then)
+        end = now + costs[0]
+        if len(costs) > 1:
+            _run_turns(loop, end, costs[1:], then)
         else:
-            then(now + seconds)
-        return seconds
+            then(end)
+        return costs[0]
 
     loop.add(time, turn)
 
@@ -139,30 +141,27 @@ class FrontEnd:
     def arrive(self, time: float, index: int, num_tokens: int) -> None:
         """A request of so many tokens is due then."""
         costs = self._costs
-        server_turns = TURNS_BEFORE_TOKENS + TURNS_WITH_TOKENS
-        turn_s = costs.frontend_request_s / server_turns
+        request_s = costs.frontend_request_s + num_tokens * costs.frontend_token_s
+        before, after = ([share * request_s for share in shares] for shares in (TURNS_BEFORE_TOKENS, TURNS_WITH_TOKENS))
 
         def begin(now: float) -> None:
             self.sent[index] = now
 
         def send(now: float) -> None:
-            _run_turns(self._server, now + costs.frontend_latency_s, TURNS_BEFORE_TOKENS, turn_s, tokenize)
+            _run_turns(self._server, now + costs.frontend_latency_s, before, tokenize)
 
         def tokenize(now: float) -> None:
-            _run_turns(self._server, now + num_tokens * costs.tokenize_token_s, TURNS_WITH_TOKENS, turn_s, hand_over)
+            _run_turns(self._server, now + num_tokens * costs.tokenize_token_s, after, hand_over)
 
         def hand_over(now: float) -> None:
             self._at_engine.append((now, index))
 
         client = self._clients[index % len(self._clients)]
-        _run_turns(client, time, CLIENT_TURNS, costs.client_request_s / CLIENT_TURNS, send, begin)
+        _run_turns(client, time, [costs.client_request_s / CLIENT_TURNS] * CLIENT_TURNS, send, begin)
 
-    def take(self, now: float) -> list[int]:
-        """The requests that have come to the engine by now."""
-        taken = []
-        while self._at_engine and self._at_engine[0][0] <= now:
-            taken.append(self._at_engine.popleft()[1])
-        return taken
+    def take(self, now: float) -> int | None:
+        """The next request that has come to the engine by now."""
+        return self._at_engine.popleft()[1] if self._at_engine and self._at_engine[0][0] <= now else None
 
     # --- tokens
 
@@ -186,7 +185,7 @@ class FrontEnd:
         self._is_draining = bool(self._messages)
         if self._messages:
             self._server.add(max(now, self._messages[0][0]), self._drain)
-        return 0.0
+        return self._costs.frontend_message_s
 
     def _write(self, now: float, num_events: int, told: list[Told]) -> float:
         """An event for each stream, one after the other; the clients read them as they come."""
@@ -194,10 +193,12 @@ class FrontEnd:
         for number, client in enumerate(self._clients):
             ours = [one for one in told if one.request % num_clients == number]
             client.add(now + event_s, partial(self._read, now, num_events / num_clients, ours))
-        return num_events * event_s
+        num_ended = sum(one.is_last for one in told)
+        return num_events * event_s + num_ended * SHARE_END * self._costs.frontend_request_s
 
     def _read(self, written: float, num_events: float, told: list[Told], now: float) -> float:
         event_s, read_s = self._costs.frontend_event_s, self._costs.client_event_s
+        now += self._costs.client_message_s
         for one in told:
             self._on_seen(one, max(written + (one.place + 1) * event_s, now + one.place * read_s / len(self._clients)))
-        return num_events * read_s
+        return self._costs.client_message_s + num_events * read_s

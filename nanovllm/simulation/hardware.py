@@ -42,14 +42,19 @@ class Calibration:
     idle_s: float  # what a step takes more when it finds the device idle: launch, copies and the way back, otherwise hidden
     host_step_s: float  # host: schedule, prepare, launch and apply, of any step
     host_sequence_s: float  # host: the same, for each sequence of the step
-    host_token_s: float  # host: door and seat, for each token of a new prompt
+    host_request_s: float  # host: message and door of a new request, before a step
+    host_token_s: float  # the same, for each token of its prompt
+    host_admit_token_s: float  # host: hashes and blocks of a prompt, in its step, for each token
     keyframe_block_s: float  # host of a server: for each block of the cache, once in so many steps (the flight recorder)
     eager_launch_s: float  # host: one kernel without a graph; an assumption, not measured
     frontend_latency_s: float  # of a request's way in, and again of a token's way out, that keeps no event loop busy
     frontend_request_s: float  # of the server's event loop, for a request
+    frontend_token_s: float  # the same, for each token of its prompt
+    frontend_message_s: float  # and for the engine's message of a step
     frontend_event_s: float  # and for an event: the tokens of one stream that are written together
     tokenize_token_s: float  # in a thread of the server, for each token of a prompt
     client_request_s: float  # of the client's event loop: connect and send
+    client_message_s: float  # and for the events of a step
     client_event_s: float  # and read an event
 
 
@@ -70,34 +75,39 @@ class Hardware:
 
 
 H200_CALIBRATION = Calibration(
-    memory=0.9154,
+    memory=0.9109,
     product=0.6960,
-    burst_product=0.7988,
+    burst_product=0.7906,
     burst_s=50e-3,
-    overlap=0.7981,
-    attention=0.5425,
-    elementwise=0.8003,
-    product_s=4.324e-6,
-    one_token_product_s=2.149e-6,
-    attention_s=7.774e-6,
+    overlap=0.7534,
+    attention=0.5377,
+    elementwise=0.8521,
+    product_s=4.176e-6,
+    one_token_product_s=2.156e-6,
+    attention_s=7.840e-6,
     elementwise_s=1.05e-6,
-    gap_s=0.5499e-6,
-    tile_keys=447,
-    prompt_key_s=26.83e-9,
-    logit_s=3.120e-12,
-    greedy_logit_s=7.134e-13,
-    idle_s=0.9e-3,
-    host_step_s=222.4e-6,
-    host_sequence_s=5.888e-6,
-    host_token_s=91.55e-9,
+    gap_s=0.5911e-6,
+    tile_keys=448,
+    prompt_key_s=27.07e-9,
+    logit_s=3.114e-12,
+    greedy_logit_s=7.007e-13,
+    idle_s=0.3e-3,
+    host_step_s=247.4e-6,
+    host_sequence_s=5.101e-6,
+    host_request_s=28.13e-6,
+    host_token_s=104.3e-9,
+    host_admit_token_s=96.46e-9,
     keyframe_block_s=65e-9,
     eager_launch_s=6e-6,
-    frontend_latency_s=1.5e-3,
-    frontend_request_s=570e-6,
-    frontend_event_s=20e-6,
-    tokenize_token_s=242.5e-9,
-    client_request_s=190e-6,
-    client_event_s=14.94e-6,
+    frontend_latency_s=1.25e-3,
+    frontend_request_s=497.1e-6,
+    frontend_token_s=127.0e-9,
+    frontend_message_s=165e-6,
+    frontend_event_s=31.44e-6,
+    tokenize_token_s=484.5e-9,
+    client_request_s=213.5e-6,
+    client_message_s=100e-6,
+    client_event_s=30.51e-6,
 )
 
 # A rough guess beside 2026-11-20-cpu-torch.json (SmolLM2-135M, two cores): one stream is right, batches come out 20 to 40 %
@@ -122,14 +132,19 @@ CPU_CALIBRATION = Calibration(
     idle_s=0.0,
     host_step_s=60e-6,
     host_sequence_s=2e-6,
-    host_token_s=92e-9,
+    host_request_s=28.13e-6,
+    host_token_s=104.3e-9,
+    host_admit_token_s=96.46e-9,
     keyframe_block_s=65e-9,
     eager_launch_s=0.0,
     frontend_latency_s=0.6e-3,
-    frontend_request_s=439.8e-6,
+    frontend_request_s=333.5e-6,
+    frontend_token_s=139.3e-9,
+    frontend_message_s=165e-6,
     frontend_event_s=25.14e-6,
     tokenize_token_s=242.5e-9,
     client_request_s=162.1e-6,
+    client_message_s=100e-6,
     client_event_s=14.94e-6,
 )
 

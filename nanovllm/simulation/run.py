@@ -33,6 +33,7 @@ from nanovllm.simulation.hardware import Hardware
 from nanovllm.workloads import Request
 
 KEYFRAME_STEPS = 1024  # of `nanovllm serve`: steps between two keyframes of its flight recorder
+MAX_MESSAGES_PER_TURN = 256  # `engine/engine_process.py`'s: requests taken in between two steps
 ANY_TOKEN = 1 << 31  # the engine's vocabulary: a workload need not know the model's
 
 
@@ -119,17 +120,15 @@ def simulate(
     requests: Sequence[Request],
     *,
     num_clients: int = 1,
-    num_steps_before: int = 0,
     on_finish: Callable[[], object] = lambda: None,
     on_step: Callable[[LLMEngine], None] | None = None,
 ) -> Run:
     """Run `requests` to their end.
 
-    `num_clients`: programs that send them. `num_steps_before`: made by the server, whose flight recorder counts them.
-    `on_step`, for tests, sees the engine after every step.
+    `num_clients`: programs that send them. `on_step`, for tests, sees the engine after every step.
     """
     with _without_garbage_collection():
-        return _Simulation(deployment, requests, num_clients, num_steps_before, on_finish).run(on_step)
+        return _Simulation(deployment, requests, num_clients, on_finish).run(on_step)
 
 
 class _Simulation:
@@ -138,7 +137,6 @@ class _Simulation:
         deployment: Deployment,
         requests: Sequence[Request],
         num_clients: int,
-        num_steps_before: int,
         on_finish: Callable[[], object],
     ) -> None:
         self.clock = VirtualClock()
@@ -177,7 +175,7 @@ class _Simulation:
                 self._arrive(one.arrival_s, index)
         self._on_finish = on_finish
         self._params: dict[int, SamplingParams] = {}
-        self._num_collected = num_steps_before
+        self._num_collected = 0
         self._keyframe_s = deployment.num_blocks * self.calibration.keyframe_block_s
 
     def run(self, on_step: Callable[[LLMEngine], None] | None) -> Run:
@@ -190,12 +188,19 @@ class _Simulation:
                 if begin == inf:
                     return self.run_so_far
                 clock.now = max(clock.now, begin)
-            front_end.advance(clock.now)
-            for index in front_end.take(clock.now):
-                self._add(index)
+            self._take_in()
             self._hand_over(engine.step())
             if on_step is not None:
                 on_step(engine)
+
+    def _take_in(self) -> None:
+        """Requests that have come, those too that come while others are taken in."""
+        for _ in range(MAX_MESSAGES_PER_TURN):
+            self._front_end.advance(self.clock.now)
+            index = self._front_end.take(self.clock.now)
+            if index is None:
+                return
+            self._add(index)
 
     def _start_early(self) -> None:
         """`generate` dispatches one step when enough prompts for it are there, then adds the others."""
@@ -212,7 +217,7 @@ class _Simulation:
 
     def _add(self, index: int) -> None:
         request = self.requests[index]
-        self.clock.now += len(request.prompt) * self.calibration.host_token_s
+        self.clock.now += self.calibration.host_request_s + len(request.prompt) * self.calibration.host_token_s
         self.engine.add_request(request.prompt, self._params_of(request.num_output), request_id=str(index))
 
     def _params_of(self, num_output: int) -> SamplingParams:

@@ -3,8 +3,6 @@
 Two of these lines were used to calibrate (marked *). All else is predicted from times of kernels, of the host's steps and
 of event loops. The loads of one server are simulated in one run, token by token: loads of equally long prompts share
 them, and its prefix cache found them. Of repeats the last is compared: the first finds a server that has just started.
-How many steps a server had made before is not in its records, but decides whom the flight recorder stops: the figure is
-the median of five possibilities.
 """
 
 from __future__ import annotations
@@ -14,25 +12,21 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 from nanovllm.config import EngineConfig
 from nanovllm.errors import ConfigError
 from nanovllm.simulation.hardware import PROFILES
 from nanovllm.simulation.report import percentile
-from nanovllm.simulation.run import KEYFRAME_STEPS, Deployment, Finished, deploy, simulate
+from nanovllm.simulation.run import Deployment, Finished, deploy, simulate
 from nanovllm.simulation.shapes import SHAPES
 from nanovllm.workloads import Request, make_workload, shifted
 
 RECORDS = Path("benchmarks/records")
-OFFLINE = ("2026-11-29-gpu-qwen3-0.6b.json", "2026-11-25-gpu-qwen3-8b.json")
-OLD_KEYFRAME_BLOCK_S = (
-    0.7e-6  # of the servers of these records, before the flight recorder was mended: 12 ms, from rows of the first
-)
-STEPS_BEFORE = range(0, KEYFRAME_STEPS, KEYFRAME_STEPS // 5 + 1)
+OFFLINE = ("2026-11-29-gpu-qwen3-0.6b-2.json", "2026-11-25-gpu-qwen3-8b.json")
 FITTED = {("20 requests/s", "TTFT p50, ms"), ("qwen3-0.6b offline", "first token of 512, ms")}
 PAUSE_S = 60.0  # between two loads: long enough for the last answer
+COLD_S = 1.0  # of a server's first load: its first requests took 80 to 150 ms, because much runs for the first time
 BAR, GOAL = 0.10, 0.05
 
 
@@ -52,16 +46,12 @@ class Server(NamedTuple):
     """Serving records of one server, in the order in which it met their loads."""
 
     records: tuple[str, ...]
-    compared: tuple[str, ...]  # the others only fill its cache
-    max_num_seqs: int = 256
+    max_num_seqs: int
 
 
-# The first server stopped for garbage collection under three of its loads, which were measured again: those are compared.
 SERVERS = (
-    Server(("at-once-128", "50", "100", "at-once-512", "20"), ("at-once-128", "20")),
-    Server(("50-gc", "100-gc"), ("50-gc", "100-gc")),
-    Server(("at-once-512-gc",), ("at-once-512-gc",)),
-    Server(("at-once-512-rows",), ("at-once-512-rows",), max_num_seqs=512),
+    Server(("20-b", "50-b", "100-b", "at-once-128-b", "at-once-512-b"), max_num_seqs=512),
+    Server(("at-once-512-gc",), max_num_seqs=256),
 )
 
 
@@ -69,7 +59,7 @@ def validate(folder: Path = RECORDS) -> list[Line]:
     """All lines. Raises `ConfigError` where the records are not there."""
     lines = [line for name in OFFLINE for line in _offline(_read(folder / name))]
     engine = _read(folder / OFFLINE[0])
-    return lines + [line for server in SERVERS for line in _median(server, folder, engine)]
+    return lines + [line for server in SERVERS for line in _serving(server, folder, engine)]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -119,6 +109,10 @@ class Load:
     rows: list[dict[str, Any]]  # what its client saw
     num_clients: int
     is_compared: bool
+    is_first: bool  # of its server
+
+    def is_cold(self, sent_s: float) -> bool:
+        return self.is_first and sent_s < COLD_S
 
 
 def _loads(folder: Path, server: Server) -> Iterator[Load]:
@@ -131,32 +125,24 @@ def _loads(folder: Path, server: Server) -> Iterator[Load]:
         rate = float(parameters["rate"])
         workload = make_workload("poisson", **{**parameters, "rate": rate})
         what = f"{len(workload.requests)} at once" if rate == float("inf") else f"{rate:g} requests/s"
-        what += "" if server.max_num_seqs == 256 else f", max_num_seqs {server.max_num_seqs}"
+        what += ", 256 rows" if server.max_num_seqs == 256 else ""
         num_clients = record["settings"].get("client_processes", 1)
         last = max(row["repeat"] for row in rows)
         for repeat in range(last + 1):
             requests = shifted(workload, repeat).requests if repeat else workload.requests
             ours = [row for row in rows if row["repeat"] == repeat]
-            yield Load(what, requests, ours, num_clients, repeat == last and name in server.compared)
+            yield Load(what, requests, ours, num_clients, repeat == last, repeat == 0 and name == server.records[0])
 
 
-def _median(server: Server, folder: Path, engine: dict[str, Any]) -> Iterator[Line]:
-    for lines in zip(*(_serving(server, folder, engine, number) for number in STEPS_BEFORE)):
-        yield lines[0]._replace(predicted=median(line.predicted for line in lines))
-
-
-def _serving(server: Server, folder: Path, engine: dict[str, Any], num_steps_before: int) -> Iterator[Line]:
+def _serving(server: Server, folder: Path, engine: dict[str, Any]) -> Iterator[Line]:
     """All loads in one run: the later ones find prompts of the earlier ones in its cache."""
     deployment = _deployment(engine, is_greedy=True)
-    hardware = deployment.hardware
-    calibration = replace(hardware.calibration, keyframe_block_s=OLD_KEYFRAME_BLOCK_S)
-    limits = replace(deployment.limits, max_num_seqs=server.max_num_seqs)
-    deployment = replace(deployment, hardware=replace(hardware, calibration=calibration), limits=limits)
+    deployment = replace(deployment, limits=replace(deployment.limits, max_num_seqs=server.max_num_seqs))
     loads, begins, requests = list(_loads(folder, server)), [], []
     for load in loads:
         begins.append(requests[-1].arrival_s + PAUSE_S if requests else 0.0)
         requests += [replace(one, arrival_s=one.arrival_s + begins[-1]) for one in load.requests]
-    run = simulate(deployment, requests, num_clients=loads[0].num_clients, num_steps_before=num_steps_before)
+    run = simulate(deployment, requests, num_clients=loads[0].num_clients)
     for load, begin, end in zip(loads, begins, [*begins[1:], float("inf")]):
         if load.is_compared:
             yield from _compare(load, [one for one in run.finished if begin <= one.sent < end], begin)
@@ -167,9 +153,11 @@ def _compare(load: Load, ours: list[Finished], begin: float) -> Iterator[Line]:
     measured_s = max(row["sent_ms"] + row["latency_ms"] for row in load.rows) / 1e3
     seconds = max(one.finish for one in ours) - begin
     yield Line(load.what, "output tok/s", num_tokens / measured_s, num_tokens / seconds)
+    rows = [row for row in load.rows if not load.is_cold(row["sent_ms"] / 1e3)]
+    ours = [one for one in ours if not load.is_cold(one.sent - begin)]
     times = {
-        "ttft": [row["ttft_ms"] for row in load.rows],
-        "tpot": [(row["latency_ms"] - row["ttft_ms"]) / max(1, row["num_output"] - 1) for row in load.rows],
+        "ttft": [row["ttft_ms"] for row in rows],
+        "tpot": [(row["latency_ms"] - row["ttft_ms"]) / max(1, row["num_output"] - 1) for row in rows],
     }
     for name, q in (("ttft", 50), ("ttft", 99), ("tpot", 50)):
         predicted = percentile(sorted(getattr(one, name) for one in ours), q) * 1e3

@@ -111,6 +111,7 @@ def test_the_best_limits_are_not_worse_than_any_that_were_tried():
         ("search", "all", "search='all' is not one of"),
         ("max_num_seqs", 0, "max_num_seqs=0"),
         ("scheduling_policy", "fifo", "scheduling_policy='fifo'"),
+        ("validate", True, "validate=True compares .* no other option"),  # a workload is given too
     ],
 )
 def test_errors_name_the_option(option, value, message):

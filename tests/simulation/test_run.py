@@ -72,19 +72,38 @@ def test_what_becomes_ready_during_a_turn_waits_for_the_next():
 
 
 def test_two_requests_at_once_pass_the_front_end_turn_by_turn():
-    # Three turns of the client's loop and seven of the server's, a second each; between the third and the fourth of these
-    # a second of tokenising. Both are through three turns of the server at 20 and 21, tokenised at 21 and 22, and end at 28, 29.
-    costs = replace(ZERO, client_request_s=3.0, frontend_request_s=7.0, tokenize_token_s=0.5, frontend_latency_s=10.0)
+    # Seven turns of the client's loop, a second each: sent at 13 and 14. Of the server's hundred seconds 8, 10 and 16 pass
+    # before tokenising, which takes one, and 3, 3, 3 and 35 after it. Turns begin at 23 (A), 31 (B, A), 49 (B, A), 75 (B),
+    # 91 (A), 94 (B, A), 100 (B, A), 106 (B, A), 144 (B).
+    costs = replace(ZERO, client_request_s=7.0, frontend_request_s=100.0, tokenize_token_s=0.5, frontend_latency_s=10.0)
     front_end = FrontEnd(costs, lambda told, time: None)
     for index in (0, 1):
         front_end.arrive(0.0, index, num_tokens=2)
-    front_end.advance(27.9)
+    front_end.advance(105.0)
     assert front_end.sent == {0: 0.0, 1: 1.0}
-    assert front_end.wait() == 28.0
-    assert front_end.take(28.0) == [0]
+    assert front_end.wait() == pytest.approx(144.0)
+    assert front_end.take(143.9) is None and front_end.take(144.1) == 0
     front_end.advance(inf)
-    assert front_end.take(28.9) == [] and front_end.take(29.0) == [1]
+    assert front_end.take(178.9) is None and front_end.take(179.1) == 1
     assert front_end.wait() == inf
+
+
+def test_a_step_has_its_message_and_a_stream_its_end():
+    costs = replace(ZERO, frontend_message_s=2.0, frontend_event_s=1.0, client_message_s=0.5, frontend_request_s=100.0)
+    seen = []
+    front_end = FrontEnd(costs, lambda told, time: seen.append((told.request, time)))
+    front_end.tell(0.0, 2, [Told(0, 7, True, True), Told(1, 8, True, False)])  # read until 2, written at 3 and 4
+    front_end.tell(1.0, 1, [Told(0, 8, False, True)])  # 7 ends from 4 to 26; read until 28, written at 29
+    front_end.advance(inf)
+    assert seen == [(7, pytest.approx(3.5)), (8, pytest.approx(4.0)), (8, pytest.approx(29.5))]
+
+
+def test_requests_that_come_while_others_are_taken_in_are_taken_in_too():
+    # A token of a prompt costs the engine a second, so B, which comes at 1, is there before A's first step begins at 4.
+    calm = replace(ONE_SECOND, host_token_s=1.0, host_step_s=0.0, frontend_latency_s=0.0)
+    hardware = replace(CLOCKWORK, calibration=calm)
+    a, b = simulate(deployment(hardware), [request(0.0, 4, 1), request(1.0, 4, 1)]).finished
+    assert (a.first_token, b.first_token) == (9.0, 9.0)  # eight seconds of prompts, one step
 
 
 def test_tokens_are_written_one_after_the_other_and_share_events_when_the_front_end_is_busy():
