@@ -101,10 +101,11 @@ def main() -> int:
     """A client process: a part from standard input, then the start; rows to standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     part = msgspec.json.decode(sys.stdin.buffer.readline(), type=Part)
-    bodies = part.bodies()
+    bodies, endpoint = part.bodies(), part.target.endpoint()
+    endpoint.settle()
     sys.stdout.buffer.write(READY)
     sys.stdout.buffer.flush()
     start = float(sys.stdin.buffer.readline())
-    rows = asyncio.run(send_part(part, bodies, start))
+    rows = asyncio.run(send_part(part, bodies, endpoint, start))
     sys.stdout.buffer.write(msgspec.json.encode((rows, time.perf_counter())))
     return 0

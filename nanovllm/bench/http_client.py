@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +24,7 @@ from nanovllm.retry import STATUSES, retry_after_s
 
 MAX_HEAD = 2**16  # bytes
 MAX_ERROR_TEXT = 200  # characters of a refusal that are kept
+SETTLE_S = 2.0  # for each address of a name
 
 
 @dataclass(slots=True)
@@ -52,11 +55,26 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query:
             raise ConfigError(f"url={url!r} is not the address of a server, such as http://127.0.0.1:8000")
         self.host, self.is_tls = parts.hostname, parts.scheme == "https"
+        self._address = self.host
         self.port = port or (443 if self.is_tls else 80)
         self.path = parts.path.rstrip("/").removesuffix("/v1") + path
         self._key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
         if not self._key.isascii() or self._key.count("\n") > 1:
             raise ConfigError("the API key has characters that no HTTP header can carry")
+
+    def settle(self) -> None:
+        """Look the name up once, and now: every connection would do it in a thread, and its time be the request's.
+
+        Takes the first address that answers. Where none does, requests say so.
+        """
+        with suppress(OSError), socket.create_connection((self.host, self.port), SETTLE_S) as probe:
+            self._address = probe.getpeername()[0]
+
+    async def connect(self, protocol: asyncio.Protocol) -> asyncio.Transport:
+        tls = {"ssl": ssl.create_default_context(), "server_hostname": self.host} if self.is_tls else {}
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(lambda: protocol, self._address, self.port, **tls)
+        return transport
 
     def head(self, length: int | None) -> bytes:
         """Of a POST with a body of `length` bytes; None: of a GET."""
@@ -113,9 +131,7 @@ async def _exchange(endpoint: Endpoint, request: bytes, reader: _BodyReader, tim
 
 
 async def _send(endpoint: Endpoint, request: bytes, reader: _BodyReader) -> None:
-    context = ssl.create_default_context() if endpoint.is_tls else None
-    loop = asyncio.get_running_loop()
-    transport, _ = await loop.create_connection(lambda: reader, endpoint.host, endpoint.port, ssl=context)
+    transport = await endpoint.connect(reader)
     try:
         reader.on_connected()
         transport.write(request)

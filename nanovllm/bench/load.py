@@ -118,14 +118,15 @@ class Part:
 async def send_workload(target: Target, workload: Workload, repeat: int = 0) -> tuple[list[Row], float]:
     """By this process: (a row per request, seconds from the first request to the last answer)."""
     part = Part(target, repeat, workload.temperature, workload.requests, list(range(len(workload.requests))))
-    bodies = part.bodies()
+    bodies, endpoint = part.bodies(), target.endpoint()
+    endpoint.settle()
     start = time.perf_counter()
-    return await send_part(part, bodies, start), time.perf_counter() - start
+    return await send_part(part, bodies, endpoint, start), time.perf_counter() - start
 
 
-async def send_part(part: Part, bodies: list[bytes], start: float) -> list[Row]:
+async def send_part(part: Part, bodies: list[bytes], endpoint: Endpoint, start: float) -> list[Row]:
     """`start`: of the repeat, by `time.perf_counter`; it may be still to come."""
-    target, endpoint = part.target, part.target.endpoint()
+    target = part.target
     ended = [asyncio.Event() for _ in bodies]
     gate = asyncio.Semaphore(target.max_concurrency or len(bodies))
     retrier = Retrier(target.retries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -84,6 +85,22 @@ def test_several_processes_send_what_one_would_from_one_moment_on(two_servers):
     for row, request in zip(rows, workload.requests):  # each left at its time by the one clock
         assert row.sent_ms == pytest.approx(request.arrival_s * 1e3 + row.lag_ms, abs=0.01) and 0 <= row.lag_ms < 100
     assert seconds == pytest.approx(max(row.sent_ms + row.latency_ms for row in rows) / 1e3, abs=0.1)
+
+
+def test_a_name_is_looked_up_once_and_not_in_a_request(two_servers, monkeypatch):
+    names: list[object] = []
+    look_up = socket.getaddrinfo
+
+    def noted(host, *arguments, **options):
+        names.append(host)
+        return look_up(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", noted)
+    url = two_servers[0].url.replace("127.0.0.1", "localhost")
+    assert "localhost" in url
+    workload = make_workload("fixed", num_requests=3, num_output=2, **SHORT)
+    rows, _ = asyncio.run(send_workload(Target(url, "fake"), workload))
+    assert [row.error for row in rows] == [""] * 3 and names == ["localhost"]
 
 
 def test_turns_stay_together_and_places_in_flight_are_dealt_out():
