@@ -72,6 +72,9 @@ class SlowGrammar:
     def __init__(self) -> None:
         self.known: set[str] = set()
 
+    def prepare(self, structured: StructuredOutput) -> None:
+        self.compile(structured)
+
     def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> SlowGrammar:
         if structured.text not in self.known:
             time.sleep(1.0)

@@ -70,6 +70,10 @@ def fill_masks(matchers: Sequence[Matcher], masks: np.ndarray) -> None:
 
 
 class Grammar(Protocol):
+    def prepare(self, structured: StructuredOutput) -> None:
+        """Do the slow part of `compile`, on a thread. Raises `InvalidGrammar`."""
+        ...
+
     def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> Matcher:
         """A matcher at the beginning of a text. Raises `InvalidGrammar`.
 

@@ -183,17 +183,26 @@ class LLGuidanceGrammar:
         self._end_token_ids = tuple(end_token_ids)
         self._compiled: OrderedDict[StructuredOutput, list[LLGuidanceMatcher]] = OrderedDict()  # strands, next first
         self._strand_numbers = count()
+        self._is_prepared = False  # by somebody else, off the engine's thread
         self._lock = threading.Lock()  # of `_compiled`; nobody compiles under it
         self._budget = MaskBudget(num_threads=num_threads)
 
+    def prepare(self, structured: StructuredOutput) -> None:
+        """What `compile` needs, on any thread; from the first call on that only copies what is there. Raises `InvalidGrammar`."""
+        self._is_prepared = True
+        self._matcher(structured, True, adds_strand=True)
+
     def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> Matcher:
         """Raises `InvalidGrammar`, with the compiler's words. Threads may call it; most of a compilation lets others run."""
+        return self._matcher(structured, can_end_early, adds_strand=not self._is_prepared)
+
+    def _matcher(self, structured: StructuredOutput, can_end_early: bool, adds_strand: bool) -> Matcher:
         if structured.after is not None:
-            return self._compile_after_mark(structured, structured.after, can_end_early)
+            return self._after_mark(structured, structured.after, can_end_early, adds_strand)
         with self._lock:
             strands = self._compiled.get(structured, [])
         fresh = []
-        if len(strands) < self._budget.num_threads:  # a thread waits for nobody who has a strand of his own
+        if not strands or (adds_strand and len(strands) < self._budget.num_threads):  # threads wait for nobody with a strand each
             check_limits(structured)
             fresh.append(self._compile(structured))
         with self._lock:
@@ -204,10 +213,10 @@ class LLGuidanceGrammar:
             strands.append(strands.pop(0))
             return strands[-1].fork(can_end_early, self._budget)
 
-    def _compile_after_mark(self, structured: StructuredOutput, after: str, can_end_early: bool) -> AfterMark:
+    def _after_mark(self, structured: StructuredOutput, after: str, can_end_early: bool, adds_strand: bool) -> AfterMark:
         plain, key = replace(structured, after=None, opened_by=None), (after, structured.opened_by)
-        inner = self.compile(plain, can_end_early)
-        at_once = None if structured.opened_by is None else self.compile(plain, can_end_early)
+        inner = self._matcher(plain, can_end_early, adds_strand)
+        at_once = None if structured.opened_by is None else self._matcher(plain, can_end_early, adds_strand)
         masks = self._marks.get(key) or MarkMasks(self._view.tokens, self._end_token_ids, *key)
         self._marks = {**dict(list(self._marks.items())[1 - MAX_MARKS :]), key: masks}  # other threads may read it
         return AfterMark(inner, masks, at_once)

@@ -8,6 +8,7 @@ import json
 import random
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -216,6 +217,29 @@ def test_each_thread_gets_its_own_copy_of_a_grammar():
     strands = [byte_level.compile(source).strand for _ in range(9)]
     assert strands[:3] == strands[3:6] == strands[6:] and len(set(strands)) == 3
     assert byte_level.compile(other).strand not in strands
+
+
+def test_who_prepares_grammars_on_a_thread_never_compiles_elsewhere(monkeypatch):
+    byte_level = Model(byte_level_backend())
+    byte_level.grammar._budget = MaskBudget(num_threads=3)
+    threads: list[str] = []
+    compile_one = byte_level.grammar._compile
+
+    def noted(structured):
+        threads.append(threading.current_thread().name)
+        return compile_one(structured)
+
+    monkeypatch.setattr(byte_level.grammar, "_compile", noted)
+    plain = StructuredOutput("regex", "a+")
+    thinking = StructuredOutput("regex", "b+", after="</think>", opened_by="<think>")
+    for _ in range(5):
+        for source in (plain, thinking):
+            thread = threading.Thread(target=byte_level.grammar.prepare, args=(source,), name="grammars")
+            thread.start()
+            thread.join()
+            byte_level.compile(source)
+    strands = [byte_level.compile(plain).strand for _ in range(3)]
+    assert set(threads) == {"grammars"} and len(threads) == 6 and len(set(strands)) == 3
 
 
 def test_lots_are_drawn_only_after_masks_have_taken_long():
