@@ -8,6 +8,7 @@ import json
 import random
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -218,18 +219,54 @@ def test_each_thread_gets_its_own_copy_of_a_grammar():
     assert byte_level.compile(other).strand not in strands
 
 
+def test_after_a_grammar_is_prepared_the_engine_compiles_nothing_more(monkeypatch):
+    """A thread beside the engine's prepares: a request of many completions, or the copies for threads, stop no step."""
+    byte_level = Model(byte_level_backend())
+    grammar, compiled_by = byte_level.grammar, []
+    grammar._budget = MaskBudget(num_threads=3)
+    compile_one = grammar._compile
+    monkeypatch.setattr(grammar, "_compile", lambda source: (compiled_by.append(threading.get_ident()), compile_one(source))[1])
+    for source in (StructuredOutput("regex", "a+"), StructuredOutput("regex", "b+", after="c", opened_by="d")):
+        compiled_by.clear()
+        for num_prepared in (1, 2, 3, 3):
+            thread = threading.Thread(target=grammar.prepare, args=[source])
+            thread.start()
+            thread.join()
+            matchers = [grammar.compile(source) for _ in range(8)]
+            assert threading.get_ident() not in compiled_by
+            assert len(compiled_by) == num_prepared
+        if source.after is None:
+            assert len({matcher.strand for matcher in matchers}) == 3
+
+
+class Clock:
+    processor = wall = 0.0
+
+
 def test_lots_are_drawn_only_after_masks_have_taken_long():
-    budget = MaskBudget(num_threads=4)
+    clock = Clock()
+    budget = MaskBudget(lambda: clock.wall, num_threads=4)
     budget.note_together(64, FREE_SECONDS)
     assert budget.draw_lots(64, 4) == set()
     budget.note_together(64, 2 * FREE_SECONDS)
+    clock.wall += 1
     assert [len(budget.draw_lots(64, 4)) for _ in range(mask_budget.NUM_STEPS_WATCHED + 2)] == [
         4
     ] * mask_budget.NUM_STEPS_WATCHED + [0, 0]
 
 
-class Clock:
-    processor = wall = 0.0
+def test_who_is_slow_now_and_then_is_watched_until_the_time_is_made_good():
+    """Else a mask that is slow just after the last lots were drawn would never be paid."""
+    clock = Clock()
+    budget = MaskBudget(lambda: clock.wall, num_threads=4)
+    num_watched = 0
+    for step in range(200):
+        num_watched += bool(budget.draw_lots(64, 4))
+        if step == 0:
+            clock.wall += 0.3
+            budget.note_together(64, 0.3)
+        clock.wall += 0.01
+    assert 0.3 / mask_budget.SHARE_OF_TIME / 0.01 - 3 < num_watched < 0.3 / mask_budget.SHARE_OF_TIME / 0.01 + 3
 
 
 class Inner:
