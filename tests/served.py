@@ -80,6 +80,9 @@ class SlowGrammar:
             self.known.add(structured.text)
         return self
 
+    def prepare(self, structured: StructuredOutput) -> None:
+        self.compile(structured)
+
     def fill_mask(self, mask: np.ndarray) -> None:
         mask[:] = -1
 

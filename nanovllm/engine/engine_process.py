@@ -301,7 +301,7 @@ class EngineProcess:
         elif (frontend := self._frontends.get(identity)) is None:
             logger.warning("a message of a front end that is not connected is ignored")
         elif isinstance(message, AddRequest) and message.params.structured is not None and self._served.grammar is not None:
-            future = self._compiler.submit(self._served.grammar.compile, message.params.structured)
+            future = self._compiler.submit(self._served.grammar.prepare, message.params.structured)
             self._compiling[identity, message.handle] = Compiling(frontend, message, future)
         elif isinstance(message, AddRequest):
             self._add(frontend, message)

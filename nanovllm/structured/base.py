@@ -77,6 +77,10 @@ class Grammar(Protocol):
         """
         ...
 
+    def prepare(self, structured: StructuredOutput) -> None:
+        """The work of `compile`, on a thread beside the engine's, which then has next to none. Raises `InvalidGrammar`."""
+        ...
+
 
 def num_mask_words(vocab_size: int) -> int:
     """Token t is bit t % 32 of word t // 32."""

@@ -183,6 +183,7 @@ class LLGuidanceGrammar:
         self._end_token_ids = tuple(end_token_ids)
         self._compiled: OrderedDict[StructuredOutput, list[LLGuidanceMatcher]] = OrderedDict()  # strands, next first
         self._strand_numbers = count()
+        self._is_prepared = False
         self._lock = threading.Lock()  # of `_compiled`; nobody compiles under it
         self._budget = MaskBudget(num_threads=num_threads)
 
@@ -190,10 +191,23 @@ class LLGuidanceGrammar:
         """Raises `InvalidGrammar`, with the compiler's words. Threads may call it; most of a compilation lets others run."""
         if structured.after is not None:
             return self._compile_after_mark(structured, structured.after, can_end_early)
+        strands = self._strands(structured, may_add=not self._is_prepared)
+        with self._lock:
+            strands.append(strands.pop(0))
+            return strands[-1].fork(can_end_early, self._budget)
+
+    def prepare(self, structured: StructuredOutput) -> None:
+        """From the first time on `compile` compiles only what is not there: whoever prepares adds the copies for threads."""
+        self._is_prepared = True
+        self._strands(replace(structured, after=None, opened_by=None), may_add=True)
+        self.compile(structured)  # the masks of its mark
+
+    def _strands(self, structured: StructuredOutput, may_add: bool) -> list[LLGuidanceMatcher]:
+        """One at least. A thread waits for nobody who has a strand of his own: one more is added until there are enough."""
         with self._lock:
             strands = self._compiled.get(structured, [])
         fresh = []
-        if len(strands) < self._budget.num_threads:  # a thread waits for nobody who has a strand of his own
+        if not strands or (may_add and len(strands) < self._budget.num_threads):
             check_limits(structured)
             fresh.append(self._compile(structured))
         with self._lock:
@@ -201,8 +215,7 @@ class LLGuidanceGrammar:
             self._compiled.move_to_end(structured)
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
-            strands.append(strands.pop(0))
-            return strands[-1].fork(can_end_early, self._budget)
+            return strands
 
     def _compile_after_mark(self, structured: StructuredOutput, after: str, can_end_early: bool) -> AfterMark:
         plain, key = replace(structured, after=None, opened_by=None), (after, structured.opened_by)
