@@ -70,15 +70,15 @@ class LLGuidanceMatcher:
     def give_up(self) -> None:
         self._fail("it is too ambiguous: finding the next tokens takes too long")
 
-    def fill_mask(self, mask: np.ndarray, weight: float = 1.0) -> None:
-        """`weight`: how many masks of the budget this one stands for."""
+    def fill_mask(self, mask: np.ndarray, stands_for: float = 1.0) -> None:
+        """`stands_for`: how many masks, of which this one was drawn by lot."""
         if self._is_over:
             self._finish_mask(mask)
             return
         started = time.thread_time()
         try:
             self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            self._budget.charge(self, time.thread_time() - started, weight)
+            self._budget.charge(self, time.thread_time() - started, stands_for)
         except BaseException as error:  # also a panic, which is no Exception: it ends a sequence, not the engine
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
@@ -99,9 +99,8 @@ class LLGuidanceMatcher:
             return
         num_alone = -(-num_matchers // MASKS_PER_SAMPLE)
         alone = budget.draw_lots(num_matchers, num_alone)
-        weight = 1 + (num_matchers - num_alone) / budget.num_threads / num_alone  # a step waits for all, but many go at once
         for i in alone:
-            matchers[i].fill_mask(masks[i], weight)
+            matchers[i].fill_mask(masks[i], num_matchers / num_alone)
         rest = [(i, matcher) for i, matcher in enumerate(matchers) if i not in alone]
         running = [(matcher.strand, i, matcher._inner) for i, matcher in rest if not matcher._is_over]
         running.sort()  # neighbours in the list go to one thread

@@ -292,7 +292,8 @@ def filled_by_threads(monkeypatch, seconds: list[float], num_steps: int, num_thr
         def unsafe_compute_mask_ptr(self, matchers: list[tuple[Inner, int]], address: int, stride: int, count: int) -> None:
             for _, line in matchers:
                 ctypes.memset(address + line * stride, 0xFF, stride)
-            clock.wall += sum(inner.seconds for inner, _ in matchers) / num_threads
+            seconds = [inner.seconds for inner, _ in matchers]
+            clock.wall += max(*seconds, sum(seconds) / num_threads)
 
     monkeypatch.setattr(llguidance_backend, "_executor", lambda _: Pool())
     monkeypatch.setattr(llguidance_backend.time, "thread_time", lambda: clock.processor)
@@ -318,6 +319,13 @@ def test_one_mask_that_is_slow_once_in_a_while_ends_nobody(monkeypatch):
 def test_slow_masks_among_many_are_found_and_end(monkeypatch):
     matchers = filled_by_threads(monkeypatch, [*[0.2] * 8, *[0.0001] * 56], 600)
     assert all(matcher.error for matcher in matchers[:8]) and not any(matcher.error for matcher in matchers[8:])
+
+
+@pytest.mark.parametrize("slow", [0.05, 0.2])
+def test_one_mask_that_is_always_slow_among_many_is_found_and_ends(slow, monkeypatch):
+    """Steps wait for it alone, whatever the threads do meanwhile."""
+    matchers = filled_by_threads(monkeypatch, [slow, *[0.0001] * 63], 2000)
+    assert matchers[0].error and not any(matcher.error for matcher in matchers[1:])
 
 
 def test_after_a_panic_in_the_threads_everybody_has_a_mask(monkeypatch):
