@@ -207,8 +207,12 @@ class LLGuidanceGrammar:
             strands = self._compiled.get(structured, [])
         fresh = []
         if not strands or (may_add and len(strands) < self._budget.num_threads):
-            check_limits(structured)
-            fresh.append(self._compile(structured))
+            try:
+                check_limits(structured)
+                fresh.append(self._compile(structured))
+            except InvalidGrammar:
+                if not strands:  # else it compiles, if not always in time
+                    raise
         with self._lock:
             strands = self._compiled[structured] = [*fresh, *self._compiled.get(structured, strands)]
             self._compiled.move_to_end(structured)

@@ -219,6 +219,17 @@ def test_each_thread_gets_its_own_copy_of_a_grammar():
     assert byte_level.compile(other).strand not in strands
 
 
+def test_a_copy_that_compiles_slower_than_the_first_refuses_nobody(monkeypatch):
+    byte_level, source = Model(byte_level_backend()), StructuredOutput("regex", "a+")
+    byte_level.grammar._budget = MaskBudget(num_threads=3)
+    byte_level.grammar.prepare(source)
+    monkeypatch.setattr(llguidance_backend, "MAX_COMPILE_SECONDS", -1)
+    byte_level.grammar.prepare(source)
+    assert byte_level.compile(source).accept(byte_level.tokenizer.token_to_id("a")) is None
+    with pytest.raises(InvalidGrammar, match="compile"):
+        byte_level.grammar.prepare(StructuredOutput("regex", "b+"))
+
+
 def test_after_a_grammar_is_prepared_the_engine_compiles_nothing_more(monkeypatch):
     """A thread beside the engine's prepares: a request of many completions, or the copies for threads, stop no step."""
     byte_level = Model(byte_level_backend())
