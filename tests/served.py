@@ -73,14 +73,14 @@ class SlowGrammar:
         self.known: set[str] = set()
 
     def prepare(self, structured: StructuredOutput) -> None:
-        self.compile(structured)
-
-    def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> SlowGrammar:
         if structured.text not in self.known:
             time.sleep(1.0)
             if structured.text == "bad":
                 raise InvalidGrammar("regex: as told")
             self.known.add(structured.text)
+
+    def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> SlowGrammar:
+        assert structured.text in self.known, "compiled in the engine's thread"
         return self
 
     def fill_mask(self, mask: np.ndarray) -> None:

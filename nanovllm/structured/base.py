@@ -70,15 +70,15 @@ def fill_masks(matchers: Sequence[Matcher], masks: np.ndarray) -> None:
 
 
 class Grammar(Protocol):
-    def prepare(self, structured: StructuredOutput) -> None:
-        """Do the slow part of `compile`, on a thread. Raises `InvalidGrammar`."""
-        ...
-
     def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> Matcher:
         """A matcher at the beginning of a text. Raises `InvalidGrammar`.
 
         `can_end_early=False`: do not offer an end token where the text could also go on (`ignore_eos`).
         """
+        ...
+
+    def prepare(self, structured: StructuredOutput) -> None:
+        """The work of `compile`, on a thread beside the engine's, which then has next to none. Raises `InvalidGrammar`."""
         ...
 
 

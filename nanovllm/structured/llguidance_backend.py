@@ -70,15 +70,15 @@ class LLGuidanceMatcher:
     def give_up(self) -> None:
         self._fail("it is too ambiguous: finding the next tokens takes too long")
 
-    def fill_mask(self, mask: np.ndarray, weight: float = 1.0) -> None:
-        """`weight`: how many masks of the budget this one stands for."""
+    def fill_mask(self, mask: np.ndarray, stands_for: float = 1.0) -> None:
+        """`stands_for`: how many masks, of which this one was drawn by lot."""
         if self._is_over:
             self._finish_mask(mask)
             return
         started = time.thread_time()
         try:
             self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            self._budget.charge(self, time.thread_time() - started, weight)
+            self._budget.charge(self, time.thread_time() - started, stands_for)
         except BaseException as error:  # also a panic, which is no Exception: it ends a sequence, not the engine
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
@@ -99,9 +99,8 @@ class LLGuidanceMatcher:
             return
         num_alone = -(-num_matchers // MASKS_PER_SAMPLE)
         alone = budget.draw_lots(num_matchers, num_alone)
-        weight = 1 + (num_matchers - num_alone) / budget.num_threads / num_alone  # a step waits for all, but many go at once
         for i in alone:
-            matchers[i].fill_mask(masks[i], weight)
+            matchers[i].fill_mask(masks[i], num_matchers / num_alone)
         rest = [(i, matcher) for i, matcher in enumerate(matchers) if i not in alone]
         running = [(matcher.strand, i, matcher._inner) for i, matcher in rest if not matcher._is_over]
         running.sort()  # neighbours in the list go to one thread
@@ -183,40 +182,48 @@ class LLGuidanceGrammar:
         self._end_token_ids = tuple(end_token_ids)
         self._compiled: OrderedDict[StructuredOutput, list[LLGuidanceMatcher]] = OrderedDict()  # strands, next first
         self._strand_numbers = count()
-        self._is_prepared = False  # by somebody else, off the engine's thread
+        self._is_prepared = False
         self._lock = threading.Lock()  # of `_compiled`; nobody compiles under it
         self._budget = MaskBudget(num_threads=num_threads)
 
-    def prepare(self, structured: StructuredOutput) -> None:
-        """What `compile` needs, on any thread; from the first call on that only copies what is there. Raises `InvalidGrammar`."""
-        self._is_prepared = True
-        self._matcher(structured, True, adds_strand=True)
-
     def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> Matcher:
         """Raises `InvalidGrammar`, with the compiler's words. Threads may call it; most of a compilation lets others run."""
-        return self._matcher(structured, can_end_early, adds_strand=not self._is_prepared)
-
-    def _matcher(self, structured: StructuredOutput, can_end_early: bool, adds_strand: bool) -> Matcher:
         if structured.after is not None:
-            return self._after_mark(structured, structured.after, can_end_early, adds_strand)
+            return self._compile_after_mark(structured, structured.after, can_end_early)
+        strands = self._strands(structured, may_add=not self._is_prepared)
+        with self._lock:
+            strands.append(strands.pop(0))
+            return strands[-1].fork(can_end_early, self._budget)
+
+    def prepare(self, structured: StructuredOutput) -> None:
+        """From the first time on `compile` compiles only what is not there: whoever prepares adds the copies for threads."""
+        self._is_prepared = True
+        self._strands(replace(structured, after=None, opened_by=None), may_add=True)
+        self.compile(structured)  # the masks of its mark
+
+    def _strands(self, structured: StructuredOutput, may_add: bool) -> list[LLGuidanceMatcher]:
+        """One at least. A thread waits for nobody who has a strand of his own: one more is added until there are enough."""
         with self._lock:
             strands = self._compiled.get(structured, [])
         fresh = []
-        if not strands or (adds_strand and len(strands) < self._budget.num_threads):  # threads wait for nobody with a strand each
-            check_limits(structured)
-            fresh.append(self._compile(structured))
+        if not strands or (may_add and len(strands) < self._budget.num_threads):
+            try:
+                check_limits(structured)
+                fresh.append(self._compile(structured))
+            except InvalidGrammar:
+                if not strands:  # else it compiles, if not always in time
+                    raise
         with self._lock:
             strands = self._compiled[structured] = [*fresh, *self._compiled.get(structured, strands)]
             self._compiled.move_to_end(structured)
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
-            strands.append(strands.pop(0))
-            return strands[-1].fork(can_end_early, self._budget)
+            return strands
 
-    def _after_mark(self, structured: StructuredOutput, after: str, can_end_early: bool, adds_strand: bool) -> AfterMark:
+    def _compile_after_mark(self, structured: StructuredOutput, after: str, can_end_early: bool) -> AfterMark:
         plain, key = replace(structured, after=None, opened_by=None), (after, structured.opened_by)
-        inner = self._matcher(plain, can_end_early, adds_strand)
-        at_once = None if structured.opened_by is None else self._matcher(plain, can_end_early, adds_strand)
+        inner = self.compile(plain, can_end_early)
+        at_once = None if structured.opened_by is None else self.compile(plain, can_end_early)
         masks = self._marks.get(key) or MarkMasks(self._view.tokens, self._end_token_ids, *key)
         self._marks = {**dict(list(self._marks.items())[1 - MAX_MARKS :]), key: masks}  # other threads may read it
         return AfterMark(inner, masks, at_once)

@@ -19,7 +19,7 @@ USUAL_SECONDS = 0.00005
 SECONDS_AT_ONCE = 0.5
 SHARE_OF_TIME = 0.5  # that slow masks may take: the other steps take at most twice as long
 SECONDS_PER_ENDED = 0.05  # given back when a sequence ends, so that not all end at once
-NUM_STEPS_WATCHED = 16  # after one whose masks took long
+NUM_STEPS_WATCHED = 16  # at least, after one whose masks took long
 
 
 class Spender(Protocol):
@@ -36,28 +36,43 @@ class MaskBudget:
         self._seconds_left, self._time = SECONDS_AT_ONCE, clock()
         self._spent: WeakKeyDictionary[Spender, float] = WeakKeyDictionary()
         self._lots = random.Random()
-        self._num_steps_to_watch = 0
+        self._num_steps_to_watch, self._watched_until = 0, clock()
+        self._unpaid = 0.0  # seconds of slow masks that threads computed, since somebody is watched
 
     def note_together(self, num_masks: int, seconds: float) -> None:
-        """What a step has waited for masks that threads computed. Nobody was slow if it was not long."""
-        if seconds > FREE_SECONDS + USUAL_SECONDS * num_masks / self.num_threads:
+        """What a step has waited for masks that threads computed. Nobody was slow if it was not long.
+
+        Watched until that time has been made good: who is slow again after that has taken no more than slow masks may.
+        """
+        excess = seconds - FREE_SECONDS - USUAL_SECONDS * num_masks / self.num_threads
+        if excess > 0:
             self._num_steps_to_watch = NUM_STEPS_WATCHED
+            self._watched_until = max(self._watched_until, self.clock() + excess / SHARE_OF_TIME)
+            self._unpaid += max(0.0, seconds - FREE_SECONDS * (1 + num_masks / self.num_threads))
 
     def draw_lots(self, number: int, num_drawn: int) -> set[int]:
         """Who of `number` pays this time: nobody while masks come soon.
 
         By chance, so that nobody can be slow just when others are looked at.
         """
-        if not self._num_steps_to_watch:
+        if self._num_steps_to_watch:
+            self._num_steps_to_watch -= 1
+        elif self.clock() >= self._watched_until:
+            self._unpaid = 0.0
             return set()
-        self._num_steps_to_watch -= 1
         return set(self._lots.sample(range(number), num_drawn))
 
-    def charge(self, spender: Spender, seconds: float, weight: float = 1.0) -> None:
-        """`spender` has taken `seconds` for a mask, which stands for `weight` masks. May call `give_up`, also of another."""
-        excess = (seconds - FREE_SECONDS) * weight
+    def charge(self, spender: Spender, seconds: float, stands_for: float = 1.0) -> None:
+        """`spender` has taken `seconds` for a mask. May call `give_up`, also of another.
+
+        Drawn by lot it `stands_for` so many masks, and pays for those as well, as far as steps have waited for slow ones.
+        """
+        excess = seconds - FREE_SECONDS
         if excess <= 0:
             return
+        for_others = min(self._unpaid, excess * (stands_for - 1))
+        self._unpaid -= for_others
+        excess += for_others
         now = self.clock()
         refilled = self._seconds_left + SHARE_OF_TIME * (now - self._time)
         self._seconds_left, self._time = min(SECONDS_AT_ONCE, refilled) - excess, now

@@ -219,41 +219,65 @@ def test_each_thread_gets_its_own_copy_of_a_grammar():
     assert byte_level.compile(other).strand not in strands
 
 
-def test_who_prepares_grammars_on_a_thread_never_compiles_elsewhere(monkeypatch):
-    byte_level = Model(byte_level_backend())
+def test_a_copy_that_compiles_slower_than_the_first_refuses_nobody(monkeypatch):
+    byte_level, source = Model(byte_level_backend()), StructuredOutput("regex", "a+")
     byte_level.grammar._budget = MaskBudget(num_threads=3)
-    threads: list[str] = []
-    compile_one = byte_level.grammar._compile
+    byte_level.grammar.prepare(source)
+    monkeypatch.setattr(llguidance_backend, "MAX_COMPILE_SECONDS", -1)
+    byte_level.grammar.prepare(source)
+    assert byte_level.compile(source).accept(byte_level.tokenizer.token_to_id("a")) is None
+    with pytest.raises(InvalidGrammar, match="compile"):
+        byte_level.grammar.prepare(StructuredOutput("regex", "b+"))
 
-    def noted(structured):
-        threads.append(threading.current_thread().name)
-        return compile_one(structured)
 
-    monkeypatch.setattr(byte_level.grammar, "_compile", noted)
-    plain = StructuredOutput("regex", "a+")
-    thinking = StructuredOutput("regex", "b+", after="</think>", opened_by="<think>")
-    for _ in range(5):
-        for source in (plain, thinking):
-            thread = threading.Thread(target=byte_level.grammar.prepare, args=(source,), name="grammars")
+def test_after_a_grammar_is_prepared_the_engine_compiles_nothing_more(monkeypatch):
+    """A thread beside the engine's prepares: a request of many completions, or the copies for threads, stop no step."""
+    byte_level = Model(byte_level_backend())
+    grammar, compiled_by = byte_level.grammar, []
+    grammar._budget = MaskBudget(num_threads=3)
+    compile_one = grammar._compile
+    monkeypatch.setattr(grammar, "_compile", lambda source: (compiled_by.append(threading.get_ident()), compile_one(source))[1])
+    for source in (StructuredOutput("regex", "a+"), StructuredOutput("regex", "b+", after="c", opened_by="d")):
+        compiled_by.clear()
+        for num_prepared in (1, 2, 3, 3):
+            thread = threading.Thread(target=grammar.prepare, args=[source])
             thread.start()
             thread.join()
-            byte_level.compile(source)
-    strands = [byte_level.compile(plain).strand for _ in range(3)]
-    assert set(threads) == {"grammars"} and len(threads) == 6 and len(set(strands)) == 3
+            matchers = [grammar.compile(source) for _ in range(8)]
+            assert threading.get_ident() not in compiled_by
+            assert len(compiled_by) == num_prepared
+        if source.after is None:
+            assert len({matcher.strand for matcher in matchers}) == 3
+
+
+class Clock:
+    processor = wall = 0.0
 
 
 def test_lots_are_drawn_only_after_masks_have_taken_long():
-    budget = MaskBudget(num_threads=4)
+    clock = Clock()
+    budget = MaskBudget(lambda: clock.wall, num_threads=4)
     budget.note_together(64, FREE_SECONDS)
     assert budget.draw_lots(64, 4) == set()
     budget.note_together(64, 2 * FREE_SECONDS)
+    clock.wall += 1
     assert [len(budget.draw_lots(64, 4)) for _ in range(mask_budget.NUM_STEPS_WATCHED + 2)] == [
         4
     ] * mask_budget.NUM_STEPS_WATCHED + [0, 0]
 
 
-class Clock:
-    processor = wall = 0.0
+def test_who_is_slow_now_and_then_is_watched_until_the_time_is_made_good():
+    """Else a mask that is slow just after the last lots were drawn would never be paid."""
+    clock = Clock()
+    budget = MaskBudget(lambda: clock.wall, num_threads=4)
+    num_watched = 0
+    for step in range(200):
+        num_watched += bool(budget.draw_lots(64, 4))
+        if step == 0:
+            clock.wall += 0.3
+            budget.note_together(64, 0.3)
+        clock.wall += 0.01
+    assert 0.3 / mask_budget.SHARE_OF_TIME / 0.01 - 3 < num_watched < 0.3 / mask_budget.SHARE_OF_TIME / 0.01 + 3
 
 
 class Inner:
@@ -279,7 +303,8 @@ def filled_by_threads(monkeypatch, seconds: list[float], num_steps: int, num_thr
         def unsafe_compute_mask_ptr(self, matchers: list[tuple[Inner, int]], address: int, stride: int, count: int) -> None:
             for _, line in matchers:
                 ctypes.memset(address + line * stride, 0xFF, stride)
-            clock.wall += sum(inner.seconds for inner, _ in matchers) / num_threads
+            seconds = [inner.seconds for inner, _ in matchers]
+            clock.wall += max(*seconds, sum(seconds) / num_threads)
 
     monkeypatch.setattr(llguidance_backend, "_executor", lambda _: Pool())
     monkeypatch.setattr(llguidance_backend.time, "thread_time", lambda: clock.processor)
@@ -305,6 +330,13 @@ def test_one_mask_that_is_slow_once_in_a_while_ends_nobody(monkeypatch):
 def test_slow_masks_among_many_are_found_and_end(monkeypatch):
     matchers = filled_by_threads(monkeypatch, [*[0.2] * 8, *[0.0001] * 56], 600)
     assert all(matcher.error for matcher in matchers[:8]) and not any(matcher.error for matcher in matchers[8:])
+
+
+@pytest.mark.parametrize("slow", [0.05, 0.2])
+def test_one_mask_that_is_always_slow_among_many_is_found_and_ends(slow, monkeypatch):
+    """Steps wait for it alone, whatever the threads do meanwhile."""
+    matchers = filled_by_threads(monkeypatch, [slow, *[0.0001] * 63], 2000)
+    assert matchers[0].error and not any(matcher.error for matcher in matchers[1:])
 
 
 def test_after_a_panic_in_the_threads_everybody_has_a_mask(monkeypatch):
