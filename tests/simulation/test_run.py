@@ -122,14 +122,14 @@ def test_tokens_are_written_one_after_the_other_and_share_events_when_the_front_
 def test_client_programs_share_the_events():
     costs = replace(ZERO, client_event_s=1.0)
     ends = []
-    for num_clients in (1, 2):
+    for clients in ([0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]):
         seen = []
-        front_end = FrontEnd(costs, lambda told, time: seen.append(time), num_clients)  # noqa: B023  used at once
-        front_end.tell(0.0, 4, [Told(3, 1, True, False)])
-        front_end.tell(1.0, 4, [Told(3, 1, False, True)])
+        front_end = FrontEnd(costs, lambda told, time: seen.append((told.request, time)), clients)  # noqa: B023  used at once
+        front_end.tell(0.0, 4, [Told(place, place, True, False) for place in range(4)])
+        front_end.tell(5.0, 4, [Told(3, 3, False, True)])
         front_end.advance(inf)
-        ends.append(seen)
-    assert ends == [[3.0, 7.0], [1.5, 3.5]]
+        ends.append([time for request, time in seen if request == 3])
+    assert ends == [[3.0, 8.0], [1.5, 6.5], [0.75, 5.75]]  # request 3's events, which its client reads last
 
 
 def test_without_a_step_ahead_the_host_is_on_the_path():
