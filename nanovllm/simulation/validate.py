@@ -152,8 +152,8 @@ def _serving(server: Server, folder: Path, engine: dict[str, Any]) -> Iterator[L
     for what, group in groupby(repeats, key=lambda repeat: repeat[0]):
         _, measured, simulated = zip(*group)
         for metric in measured[0]:
-            pair = (median(one[metric] for one in side) for side in (measured, simulated))
-            yield Line(what, metric, *pair, (what, metric) in FITTED)
+            ours, theirs = (median(one[metric] for one in side) for side in (simulated, measured))
+            yield Line(what, metric, theirs, ours, (what, metric) in FITTED)
 
 
 def _measured(rows: list[dict[str, Any]]) -> dict[str, float]:
