@@ -30,7 +30,7 @@ from typing import NamedTuple
 from nanovllm.simulation.hardware import Calibration
 
 MAX_MESSAGES_PER_TURN = 8  # `engine/connection.py`'s
-CLIENT_TURNS = 7  # look the name up, in a thread: 3; connect: 2; be connected; write
+CLIENT_TURNS = 5  # begin, and connect; be connected; hear of it; make the protocol; write (Python 3.12; 3.11 takes one more)
 # Turns of the server, with their shares of a request's time, about as seen in a run of 512 at once (benchmarks/LOG.md).
 TURNS_BEFORE_TOKENS = (0.08, 0.10, 0.16)  # accept; receive; run the handler until it waits for the thread that tokenises
 TURNS_WITH_TOKENS = (0.03, 0.03, 0.03, 0.35)  # hear of the tokens; go on; let others run; check, hand over, begin the answer
@@ -99,15 +99,18 @@ class Told(NamedTuple):
 class FrontEnd:
     """Requests in, at `arrive`; out to the engine, at `take`; tokens in, at `tell`; out to `on_seen`.
 
-    `on_seen(told, time)`: a client has these tokens. It may let further requests arrive.
+    `on_seen(told, time)`: a client has these tokens. It may let further requests arrive. `clients`: the number of the
+    program that sends each request; none: one program sends all.
     """
 
-    def __init__(self, costs: Calibration, on_seen: Callable[[Told, float], None], num_clients: int = 1) -> None:
+    def __init__(self, costs: Calibration, on_seen: Callable[[Told, float], None], clients: Sequence[int] = ()) -> None:
         self._costs = costs
         self._on_seen = on_seen
         self.sent: dict[int, float] = {}  # by request, until somebody takes it out: when its client began with it
         self._server = EventLoop()
-        self._clients = [EventLoop() for _ in range(num_clients)]  # programs, to which requests are dealt out
+        self._client_of = clients
+        self._clients = [EventLoop() for _ in range(max(clients, default=0) + 1)]
+        self._num_open = [0] * len(self._clients)  # streams of each client that have begun and not ended
         self._at_engine: deque[tuple[float, int]] = deque()  # (when, index)
         self._messages: deque[tuple[float, int, Sequence[Told]]] = deque()  # (when, streams, told): not taken yet
         self._is_draining = False
@@ -156,8 +159,11 @@ class FrontEnd:
         def hand_over(now: float) -> None:
             self._at_engine.append((now, index))
 
-        client = self._clients[index % len(self._clients)]
+        client = self._clients[self._number_of(index)]
         _run_turns(client, time, [costs.client_request_s / CLIENT_TURNS] * CLIENT_TURNS, send, begin)
+
+    def _number_of(self, index: int) -> int:
+        return self._client_of[index] if self._client_of else 0
 
     def take(self, now: float) -> int | None:
         """The next request that has come to the engine by now."""
@@ -189,16 +195,25 @@ class FrontEnd:
 
     def _write(self, now: float, num_events: int, told: list[Told]) -> float:
         """An event for each stream, one after the other; the clients read them as they come."""
-        event_s, num_clients = self._costs.frontend_event_s, len(self._clients)
+        event_s = self._costs.frontend_event_s
+        for one in told:
+            self._num_open[self._number_of(one.request)] += one.is_first
+        num_open = sum(self._num_open)
         for number, client in enumerate(self._clients):
-            ours = [one for one in told if one.request % num_clients == number]
-            client.add(now + event_s, partial(self._read, now, num_events / num_clients, ours))
-        num_ended = sum(one.is_last for one in told)
+            if share := self._num_open[number] / num_open:
+                ours = [one for one in told if self._number_of(one.request) == number]
+                client.add(now + event_s, partial(self._read, now, num_events, share, ours))
+        num_ended = 0
+        for one in told:
+            if one.is_last:
+                num_ended += 1
+                self._num_open[self._number_of(one.request)] -= 1
         return num_events * event_s + num_ended * SHARE_END * self._costs.frontend_request_s
 
-    def _read(self, written: float, num_events: float, told: list[Told], now: float) -> float:
+    def _read(self, written: float, num_events: int, share: float, told: list[Told], now: float) -> float:
+        """`share`: of the events, that are this client's."""
         event_s, read_s = self._costs.frontend_event_s, self._costs.client_event_s
         now += self._costs.client_message_s
         for one in told:
-            self._on_seen(one, max(written + (one.place + 1) * event_s, now + one.place * read_s / len(self._clients)))
-        return self._costs.client_message_s + num_events * read_s
+            self._on_seen(one, max(written + (one.place + 1) * event_s, now + one.place * share * read_s))
+        return self._costs.client_message_s + num_events * share * read_s

@@ -119,16 +119,16 @@ def simulate(
     deployment: Deployment,
     requests: Sequence[Request],
     *,
-    num_clients: int = 1,
+    clients: Sequence[int] = (),
     on_finish: Callable[[], object] = lambda: None,
     on_step: Callable[[LLMEngine], None] | None = None,
 ) -> Run:
     """Run `requests` to their end.
 
-    `num_clients`: programs that send them. `on_step`, for tests, sees the engine after every step.
+    `clients`: which program sends each, a number; none: one sends all. `on_step`, for tests, sees the engine after every step.
     """
     with _without_garbage_collection():
-        return _Simulation(deployment, requests, num_clients, on_finish).run(on_step)
+        return _Simulation(deployment, requests, clients, on_finish).run(on_step)
 
 
 class _Simulation:
@@ -136,7 +136,7 @@ class _Simulation:
         self,
         deployment: Deployment,
         requests: Sequence[Request],
-        num_clients: int,
+        clients: Sequence[int],
         on_finish: Callable[[], object],
     ) -> None:
         self.clock = VirtualClock()
@@ -164,7 +164,7 @@ class _Simulation:
         self.has_server = deployment.has_server
         self.calibration = deployment.hardware.calibration
         self.run_so_far = Run(work=self.executor.work)
-        self._front_end = FrontEnd(self.calibration, self._see, num_clients)
+        self._front_end = FrontEnd(self.calibration, self._see, clients)
         self._first_token: dict[int, float] = {}  # by index: when its client had it
         self._ended: dict[int, GenerationOutput] = {}  # by the engine; their clients do not know it yet
         self._turns_after: dict[int, list[int]] = defaultdict(list)  # index of a request -> those that wait for its answer
@@ -176,7 +176,6 @@ class _Simulation:
         self._on_finish = on_finish
         self._params: dict[int, SamplingParams] = {}
         self._num_collected = 0
-        self._keyframe_s = deployment.num_blocks * self.calibration.keyframe_block_s
 
     def run(self, on_step: Callable[[LLMEngine], None] | None) -> Run:
         engine, clock, front_end = self.engine, self.clock, self._front_end
@@ -232,7 +231,8 @@ class _Simulation:
         now, told = self.clock.now, []
         self._num_collected += 1
         if self.has_server and self._num_collected % KEYFRAME_STEPS == 0:
-            self.clock.now += self._keyframe_s
+            num_cached = len(self.engine.scheduler.block_manager._index)
+            self.clock.now += num_cached * self.calibration.keyframe_block_s
         for place, output in enumerate(outputs):
             is_first = output.metrics.first_token_time == now
             if is_first or output.finished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from nanovllm.simulation.calibrate import calibrate, calibrate_front_end, calibr
 from nanovllm.simulation.cost import CostModel
 from nanovllm.simulation.hardware import H200_CALIBRATION, PROFILES, find_hardware
 from nanovllm.simulation.shapes import SHAPES, find_shape
-from nanovllm.simulation.validate import Line, Server, _loads, describe_lines, validate
+from nanovllm.simulation.validate import OFFLINE, Line, Server, _loads, _serving, describe_lines, validate
 from nanovllm.workloads import make_workload, shifted
 
 RECORDS = Path(__file__).resolve().parents[2] / "benchmarks/records"
@@ -53,6 +54,16 @@ def test_decoding_steps_are_within_a_tenth_of_the_record():
     for row in record("steps-qwen3-0.6b")["steps"]:
         predicted = costs.decode(row["batch"], row["batch"] * (row["context"] + 1)).device_s * 1e6
         assert predicted == pytest.approx(row["us"], rel=0.14 if row["batch"] == 1 else 0.10), row
+
+
+def test_products_of_prompts_are_within_a_seventh_of_the_record():
+    costs = model("qwen3-8b")
+    errors = []
+    for row in json.loads((RECORDS / "2026-11-29-gpu-products.json").read_text())["kernels"]:
+        total = cost_module._Sum()
+        costs._add_product(total, 1, *map(int, row["shape"].split(" x ")))
+        errors.append(abs(total.seconds * 1e6 / row["us"] - 1))
+    assert len(errors) == 20 and max(errors) < 0.14 and sorted(errors)[10] < 0.05
 
 
 def test_a_step_of_single_tokens_is_a_decoding_step():
@@ -110,8 +121,23 @@ def test_the_requests_of_the_serving_records_are_simulated():
     loads = list(_loads(RECORDS, Server(("at-once-128",), 256)))
     workload = make_workload("poisson", rate=float("inf"), num_requests=128, num_input=1024, num_output=512)
     assert [load.requests for load in loads] == [shifted(workload, repeat).requests for repeat in (0, 1, 2)]
-    assert [load.is_compared for load in loads] == [False, False, True] and loads[0].what == "128 at once, 256 rows"
+    assert loads[0].what == "128 at once, 256 rows"
     assert all(len(load.rows) == 128 and load.rows[0]["repeat"] == repeat for repeat, load in enumerate(loads))
+
+
+def test_of_repeats_each_metric_has_its_median(tmp_path):
+    """Three repeats of two requests at once; the slow one is neither the first nor the last."""
+    settings = {"workload": {"parameters": {"rate": "inf", "num_requests": 2, "num_input": 8, "num_output": 2}}, "settings": {}}
+    (tmp_path / "2026-11-29-gpu-serve-x.json").write_text(json.dumps(settings))
+    times = {"sent_ms": 0.0, "latency_ms": 50.0, "num_output": 2}
+    rows = [{"repeat": repeat, "ttft_ms": ttft, **times} for repeat, ttft in ((0, 10.0), (1, 30.0), (2, 20.0)) for _ in range(2)]
+    with gzip.open(tmp_path / "2026-11-29-gpu-serve-x.rows.jsonl.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, rows)))
+    engine = json.loads((RECORDS / OFFLINE[0]).read_text())
+    lines = {line.metric: line for line in _serving(Server(("x",), 512), tmp_path, engine)}
+    assert lines["TTFT p50, ms"].measured == 20.0 and lines["TPOT p50, ms"].measured == 30.0
+    assert lines["output tok/s"].measured == pytest.approx(4 / 0.05)
+    assert 3 < lines["TTFT p50, ms"].predicted < 15
 
 
 def test_the_table_of_lines_counts_what_holds_the_bar():

@@ -72,19 +72,19 @@ def test_what_becomes_ready_during_a_turn_waits_for_the_next():
 
 
 def test_two_requests_at_once_pass_the_front_end_turn_by_turn():
-    # Seven turns of the client's loop, a second each: sent at 13 and 14. Of the server's hundred seconds 8, 10 and 16 pass
-    # before tokenising, which takes one, and 3, 3, 3 and 35 after it. Turns begin at 23 (A), 31 (B, A), 49 (B, A), 75 (B),
-    # 91 (A), 94 (B, A), 100 (B, A), 106 (B, A), 144 (B).
-    costs = replace(ZERO, client_request_s=7.0, frontend_request_s=100.0, tokenize_token_s=0.5, frontend_latency_s=10.0)
+    # Five turns of the client's loop, a second each: sent at 9 and 10. Of the server's hundred seconds 8, 10 and 16 pass
+    # before tokenising, which takes one, and 3, 3, 3 and 35 after it. Turns begin at 19 (A), 27 (B, A), 45 (B, A), 71 (B),
+    # 87 (A), 90 (B, A), 96 (B, A), 102 (B, A), 140 (B).
+    costs = replace(ZERO, client_request_s=5.0, frontend_request_s=100.0, tokenize_token_s=0.5, frontend_latency_s=10.0)
     front_end = FrontEnd(costs, lambda told, time: None)
     for index in (0, 1):
         front_end.arrive(0.0, index, num_tokens=2)
-    front_end.advance(105.0)
+    front_end.advance(101.0)
     assert front_end.sent == {0: 0.0, 1: 1.0}
-    assert front_end.wait() == pytest.approx(144.0)
-    assert front_end.take(143.9) is None and front_end.take(144.1) == 0
+    assert front_end.wait() == pytest.approx(140.0)
+    assert front_end.take(139.9) is None and front_end.take(140.1) == 0
     front_end.advance(inf)
-    assert front_end.take(178.9) is None and front_end.take(179.1) == 1
+    assert front_end.take(174.9) is None and front_end.take(175.1) == 1
     assert front_end.wait() == inf
 
 
@@ -122,14 +122,24 @@ def test_tokens_are_written_one_after_the_other_and_share_events_when_the_front_
 def test_client_programs_share_the_events():
     costs = replace(ZERO, client_event_s=1.0)
     ends = []
-    for num_clients in (1, 2):
+    for clients in ([0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]):
         seen = []
-        front_end = FrontEnd(costs, lambda told, time: seen.append(time), num_clients)  # noqa: B023  used at once
-        front_end.tell(0.0, 4, [Told(3, 1, True, False)])
-        front_end.tell(1.0, 4, [Told(3, 1, False, True)])
+        front_end = FrontEnd(costs, lambda told, time: seen.append((told.request, time)), clients)  # noqa: B023  used at once
+        front_end.tell(0.0, 4, [Told(place, place, True, False) for place in range(4)])
+        front_end.tell(5.0, 4, [Told(3, 3, False, True)])
         front_end.advance(inf)
-        ends.append(seen)
-    assert ends == [[3.0, 7.0], [1.5, 3.5]]
+        ends.append([time for request, time in seen if request == 3])
+    assert ends == [[3.0, 8.0], [1.5, 6.5], [0.75, 5.75]]  # request 3's events, which its client reads last
+
+
+def test_a_keyframe_costs_a_server_its_cached_blocks():
+    # 1,030 tokens are 1,030 steps, and after 1,024 of them the engine looks at its 64 full blocks for a second each.
+    costs = [replace(CLOCKWORK, calibration=replace(ONE_SECOND, keyframe_block_s=one)) for one in (0.0, 1.0)]
+    for has_server in (True, False):
+        runs = [simulate(deployment(one, has_server=has_server), [request(0.0, 4, 1030)]) for one in costs]
+        free, paid = (run.finished[0].finish for run in runs)
+        # A step takes 1 s, the next one runs meanwhile, and launching takes 0.25: the device is idle for 63.25.
+        assert paid - free == pytest.approx(63.25 if has_server else 0.0)
 
 
 def test_without_a_step_ahead_the_host_is_on_the_path():
