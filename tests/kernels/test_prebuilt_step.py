@@ -47,10 +47,13 @@ def portable() -> Path:
     return build.build(str(compiler.find_compiler()), "portable")
 
 
-def quick_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """There is one again, which "compiles" by copying the portable library."""
+def quick_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, refused: str = "nothing") -> str:
+    """There is one again, which "compiles" by copying the portable library, and does not know one option."""
     path = folder / "quick"
-    path.write_text(f"#!/bin/sh\nfor last; do :; done\ncp {portable()} $last\n")
+    path.write_text(f"""#!/bin/sh
+        case "$*" in *" {refused}"*) echo "unknown option" >&2; exit 1;; esac
+        for last; do :; done
+        cp {portable()} $last""")
     path.chmod(0o755)
     monkeypatch.setenv("CXX", str(path))
     return str(path)
@@ -179,11 +182,19 @@ def test_a_wheel_without_the_variable_has_no_library(tmp_path):
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
 
+def test_a_wheel_has_the_instructions_that_its_compiler_knows(tmp_path, monkeypatch):
+    quick_compiler(tmp_path, monkeypatch, refused="-mavx512bf16")
+    wheel = make_wheel(tmp_path, "hatchling", "build", "-t", "wheel", "-d", str(tmp_path), NANOVLLM_PREBUILT="1")
+    names = {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")}
+    assert names == {compiler.library_name(name, compiler.all_flags(name)) for name in ("avx512", "avx2", "portable")}
+
+
 @pytest.mark.parametrize(
     "variables, message",
     [
         ({"NANOVLLM_PREBUILT": "yes"}, "'yes' is neither 0 nor 1"),
         ({"NANOVLLM_PREBUILT": "1", "CXX": "no-such"}, "a C++ compiler"),
+        ({"NANOVLLM_PREBUILT": "1", "CXX": "false"}, "for no instruction set"),
     ],
 )
 def test_a_wheel_that_cannot_be_made_as_asked_is_refused(tmp_path, variables, message):
