@@ -81,9 +81,11 @@ class TestLoading:
         monkeypatch.setattr(compiler, "COMMON_FLAGS", (*compiler.COMMON_FLAGS, "-g"))
         assert build.load_step("portable") is None
 
-    def test_a_prebuilt_library_that_cannot_be_loaded_is_passed_over(self, prebuilt, monkeypatch):
+    def test_a_prebuilt_library_that_cannot_be_loaded_is_passed_over(self, prebuilt, monkeypatch, caplog):
         next(prebuilt.glob("*.so")).write_text("for another system")
-        assert build.load_step("portable") is None
+        with caplog.at_level("INFO"):
+            assert build.load_step("portable") is None
+        assert "a prebuilt library is passed over: " in caplog.text
         quick_compiler(prebuilt, monkeypatch)
         library = build.load_step("portable")
         assert library is not None and Path(library._name).parent == prebuilt / "cache"

@@ -30,7 +30,7 @@ from nanovllm.kernels.cpu.compiler import (
     find_compiler,
     library_name,
 )
-from nanovllm.log import degraded
+from nanovllm.log import degraded, logger
 from nanovllm.platforms.cpu import cpu_flags
 
 # Linux on x86-64: arch_prctl(2), which glibc does not wrap.
@@ -119,7 +119,8 @@ def load_prebuilt(instruction_set: str, extra_flags: tuple[str, ...] = ()) -> ct
     library = PREBUILT / library_name(instruction_set, all_flags(instruction_set, extra_flags))
     try:
         return ctypes.CDLL(str(library)) if library.exists() else None
-    except OSError:
+    except OSError as error:
+        logger.info("a prebuilt library is passed over: %s", error)
         return None
 
 
