@@ -329,7 +329,7 @@ def run_env(arguments: argparse.Namespace) -> int:
     from nanovllm.attention.select import explain_backend
     from nanovllm.energy import EnergyMeter
     from nanovllm.errors import ModelNotFound
-    from nanovllm.kernels.cpu.build import best_instruction_set, find_compiler
+    from nanovllm.kernels.cpu.build import describe_step
     from nanovllm.loaders.checkpoint import find_demo
     from nanovllm.platforms.base import select_platform
 
@@ -345,10 +345,7 @@ def run_env(arguments: argparse.Namespace) -> int:
         ("dtype", f"{str(device.default_dtype()).removeprefix('torch.')} (dtype='auto')"),
         ("attention", "{} ({})".format(*explain_backend(device.device))),
         ("energy", EnergyMeter().describe()),
-        (
-            "compiled step",
-            f"{best_instruction_set()} with {find_compiler()}" if find_compiler() else "no C++ compiler: torch runs",
-        ),
+        ("compiled step", describe_step()),
         ("repacked weights", "yes (oneDNN)" if device.device.type == "cpu" and torch.backends.mkldnn.is_available() else "no"),
     ]
     try:

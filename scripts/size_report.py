@@ -37,6 +37,7 @@ READING_HOUR = (
 COMPILED_STEP = "kernels/cpu/step.cpp"
 COMPILED_STEP_PYTHON = (
     "kernels/cpu/build.py",
+    "kernels/cpu/compiler.py",
     "kernels/cpu/library.py",
     "kernels/cpu/packing.py",
     "models/compiled_decoder.py",

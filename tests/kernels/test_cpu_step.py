@@ -14,7 +14,7 @@ from kernels.instruction_sets import AVAILABLE, EMULATED, HERE, WITH_TILES, WITH
 from torch import Tensor
 
 from nanovllm.errors import ConfigError
-from nanovllm.kernels.cpu import build
+from nanovllm.kernels.cpu import build, compiler
 from nanovllm.kernels.cpu.library import Layer, Matrix, Model, address, declare
 from nanovllm.kernels.cpu.packing import (
     PACK_BLOCKS,
@@ -275,7 +275,7 @@ class TestBuilding:
         path.chmod(0o755)
         monkeypatch.setenv("CXX", str(path))
         monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
-        monkeypatch.setattr(build, "cpu_flags", lambda: build.AMX_FEATURES | {"avx2", "fma", "f16c"})
+        monkeypatch.setattr(build, "cpu_flags", lambda: compiler.AMX_FEATURES | {"avx2", "fma", "f16c"})
         monkeypatch.setattr(build, "may_use_tiles", lambda: True)
         monkeypatch.setattr(logger, "propagate", True)
         return path
@@ -288,7 +288,7 @@ class TestBuilding:
             build.best_instruction_set()
 
     def test_what_the_processor_lacks_is_refused_and_not_chosen(self, monkeypatch):
-        monkeypatch.setattr(build, "cpu_flags", lambda: build.AMX_FEATURES - {"amx_int8"})
+        monkeypatch.setattr(build, "cpu_flags", lambda: compiler.AMX_FEATURES - {"amx_int8"})
         assert build.best_instruction_set() == "avx512-bf16"
         monkeypatch.setenv("NANOVLLM_CPU_ISA", "amx")
         with pytest.raises(ConfigError, match=r"NANOVLLM_CPU_ISA='amx'.* lacks amx_int8$"):
@@ -298,7 +298,7 @@ class TestBuilding:
 
     @pytest.mark.parametrize("is_permitted", [True, False])
     def test_tiles_are_chosen_where_the_kernel_permits_them(self, monkeypatch, is_permitted):
-        monkeypatch.setattr(build, "cpu_flags", lambda: build.AMX_FEATURES)
+        monkeypatch.setattr(build, "cpu_flags", lambda: compiler.AMX_FEATURES)
         monkeypatch.setattr(build, "may_use_tiles", lambda: is_permitted)
         assert build.best_instruction_set() == ("amx" if is_permitted else "avx512-bf16")
         monkeypatch.setenv("NANOVLLM_CPU_ISA", "amx")

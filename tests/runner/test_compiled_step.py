@@ -401,8 +401,8 @@ class TestTheChoice:
 SANITIZED = """
 import sys, ctypes, torch
 sys.path.insert(0, sys.argv[1])
-from nanovllm.kernels.cpu import build
-build.COMMON_FLAGS = (*build.COMMON_FLAGS, "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+from nanovllm.kernels.cpu import compiler
+compiler.COMMON_FLAGS = (*compiler.COMMON_FLAGS, "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 from kernels import test_cpu_draw as drawing, test_cpu_step as products
 from runner import test_compiled_step as steps
 for name in products.HERE:
