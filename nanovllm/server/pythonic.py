@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ast
 import json
+import keyword
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +23,11 @@ MAX_BRACKETS = 64  # open at once
 _PARTNERS = {")": "(", "]": "[", "}": "{"}
 _WORDS = {"true": True, "false": False, "null": None}  # of JSON; some models mix them in
 _OUTSIDE_STRINGS = frozenset(" \t\r\n,=:.+-_")  # besides letters, digits and brackets
+
+# A string, or a name that Python keeps for itself, of a function or an argument: `[move(from="a", to="b")]`.
+_STRING = r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
+_STRING_OR_RESERVED = re.compile(rf"{_STRING}|\b({'|'.join(keyword.kwlist)})(?=\s*[=(.])", re.DOTALL)
+_RESERVED = "__reserved__"  # put behind such a name while `ast` reads it
 
 
 class CallListScanner:
@@ -67,7 +74,8 @@ def parse_call_list(source: str) -> list[tuple[str, str]] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes such as "\\d": the style of a model is not our concern
-            tree = ast.parse(source.strip(), mode="eval").body
+            readable = _STRING_OR_RESERVED.sub(lambda found: found[1] or found[2] + _RESERVED, source.strip())
+            tree = ast.parse(readable, mode="eval").body
         if not isinstance(tree, ast.List) or not tree.elts:
             return None
         return [_call(node) for node in tree.elts]
@@ -79,10 +87,10 @@ def _call(node: ast.expr) -> tuple[str, str]:
     if not isinstance(node, ast.Call) or node.args:
         raise ValueError("not a call with keyword arguments")
     arguments: dict[str, Any] = {}
-    for keyword in node.keywords:
-        if keyword.arg is None or keyword.arg in arguments:
+    for argument in node.keywords:
+        if argument.arg is None or argument.arg.removesuffix(_RESERVED) in arguments:
             raise ValueError("** or a repeated keyword")
-        arguments[keyword.arg] = _literal(keyword.value)
+        arguments[argument.arg.removesuffix(_RESERVED)] = _literal(argument.value)
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
         text = json.dumps(arguments)  # halves of surrogate pairs, which only escapes can carry
@@ -92,9 +100,9 @@ def _call(node: ast.expr) -> tuple[str, str]:
 def _name(node: ast.expr) -> Iterator[str]:
     if isinstance(node, ast.Attribute):
         yield from _name(node.value)
-        yield node.attr
+        yield node.attr.removesuffix(_RESERVED)
     elif isinstance(node, ast.Name):
-        yield node.id
+        yield node.id.removesuffix(_RESERVED)
     else:
         raise ValueError("what is called is not a name")
 

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from kernels.instruction_sets import EMULATED
 
 from nanovllm.kernels.cpu import build, compiler
 from nanovllm.log import logger
@@ -163,7 +164,8 @@ def test_a_wheel_with_libraries_generates_the_same_without_a_compiler(tmp_path):
     assert wheel.stem.endswith(f"-py3-none-linux_{platform.machine()}")
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(installed), str(wheel)]
     subprocess.run(command, check=True, capture_output=True)
-    assert set(build.available_instruction_sets()) <= {path.name[5:-24] for path in installed.rglob("step-*.so")}
+    available = set(build.available_instruction_sets()) - {EMULATED}  # which other tests may have added
+    assert available <= {path.name[5:-24] for path in installed.rglob("step-*.so")}
 
     compute, token_ids, origin = generate(installed, str(nowhere), empty)
     assert compute == "int4" and "prebuilt" in origin and str(installed) in origin

@@ -100,6 +100,9 @@ CASES = {
         ('<|python_start|>[f(a="]\\"")]<|python_end|>\n\nyes', [*calls(("f", '{"a": "]\\""}')), ("text", "yes")]),
         ('Hi <|tool_call_start|>[f(a="\\ud83d")]<|tool_call_end|>', [("text", "Hi"), *calls(("f", '{"a": "\\ud83d"}'))]),
         ('[{"name": "f", "arguments": {}}]', calls(("f", "{}"))),
+        ("[move(from='if(', to=\"class=\")]", calls(("move", '{"from": "if(", "to": "class="}'))),
+        ("[import(), a.in.if(None=None, not = not_)]", [("text", "[import(), a.in.if(None=None, not = not_)]")]),
+        ("[import(), a.in.if(None=None, is = [1])]", calls(("import", "{}"), ("a.in.if", '{"None": null, "is": [1]}'))),
     ],
 }
 CUT = {
