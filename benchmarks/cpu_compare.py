@@ -45,31 +45,39 @@ def demo_model() -> Path:
     return Path(str(next(file for file in files if file.name.endswith(".gguf")).locate()))
 
 
+def step_times(engine, rng: Random, num_sequences: int, num_prompt: int, num_new: int) -> list[float]:
+    """Seconds of each step of our engine, until all of so many random prompts are done."""
+    from nanovllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True)
+    for _ in range(num_sequences):
+        engine.add_request(token_ids(rng, num_prompt), params)
+    times = []
+    while engine.has_work:
+        start = time.perf_counter()
+        engine.step()
+        times.append(time.perf_counter() - start)
+    return times
+
+
 # --- one engine each: yields (name, tokens per second), after "ready"
 
 
 def run_nanovllm(options: dict):
-    from nanovllm import LLM, SamplingParams
+    from nanovllm import LLM
 
     llm = LLM(enable_prefix_caching=False, **options)
     engine = llm.engine
     yield "ready", time.time()
     rng = Random(0)
 
-    def step_times(batch: int, num_prompt: int, num_new: int) -> list[float]:
-        for _ in range(batch):
-            engine.add_request(token_ids(rng, num_prompt), SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True))
-        times = []
-        while engine.has_work:
-            start = time.perf_counter()
-            engine.step()
-            times.append(time.perf_counter() - start)
-        return times
-
-    step_times(1, 64, 4)
-    yield "prefill_512", NUM_LONG_PROMPT / statistics.median(sum(step_times(1, NUM_LONG_PROMPT, 1)) for _ in range(5))
+    step_times(engine, rng, 1, 64, 4)
+    yield (
+        "prefill_512",
+        NUM_LONG_PROMPT / statistics.median(sum(step_times(engine, rng, 1, NUM_LONG_PROMPT, 1)) for _ in range(5)),
+    )
     for batch in BATCHES:
-        yield f"decode_{batch}", batch / statistics.median(step_times(batch, NUM_PROMPT, NUM_NEW + 1)[-NUM_NEW:])
+        yield f"decode_{batch}", batch / statistics.median(step_times(engine, rng, batch, NUM_PROMPT, NUM_NEW + 1)[-NUM_NEW:])
 
 
 def run_transformers(options: dict):

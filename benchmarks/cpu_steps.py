@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 from functools import cache
 from random import Random
 
 import torch
+from cpu_compare import step_times
 
-from nanovllm import SamplingParams
 from nanovllm.bench.record import summary, write_record
 from nanovllm.config import EngineConfig
 from nanovllm.engine.llm_engine import LLMEngine
@@ -50,25 +49,11 @@ def load_engine(instruction_set: str, compute: str, weights: RandomWeights) -> L
     return build_engine(config, CpuPlatform(), SPEC, weights).engine
 
 
-def step_times(engine: LLMEngine, num_sequences: int, num_prompt: int, num_new: int) -> list[float]:
-    """Seconds of each step until all are done."""
-    rng = Random(0)
-    for _ in range(num_sequences):
-        prompt = [rng.randrange(1000, 49_000) for _ in range(num_prompt)]
-        engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True))
-    times = []
-    while engine.has_work:
-        start = time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - start)
-    return times
-
-
 def turn(engine: LLMEngine) -> dict[str, float]:
     """Tokens a second."""
-    speeds = {"prefill_512": NUM_LONG_PROMPT / sum(step_times(engine, 1, NUM_LONG_PROMPT, 1))}
+    speeds = {"prefill_512": NUM_LONG_PROMPT / sum(step_times(engine, Random(0), 1, NUM_LONG_PROMPT, 1))}
     for batch in BATCHES:
-        times = step_times(engine, batch, NUM_PROMPT, NUM_NEW + 1)[-NUM_NEW:]
+        times = step_times(engine, Random(0), batch, NUM_PROMPT, NUM_NEW + 1)[-NUM_NEW:]
         speeds[f"decode_{batch}"] = batch / statistics.median(times)
     return speeds
 
@@ -89,7 +74,7 @@ def main() -> None:
     for compute in arguments.weights:
         engines = {name: load_engine(name, compute, weights) for name in arguments.sets}
         for engine in engines.values():
-            step_times(engine, 1, NUM_PROMPT, 2)
+            step_times(engine, Random(0), 1, NUM_PROMPT, 2)
         turns = [{name: turn(engine) for name, engine in engines.items()} for _ in range(arguments.turns)]
         for name in engines:
             results[f"{compute} {name}"] = {measured: summary([one[name][measured] for one in turns]) for measured in names}

@@ -16,6 +16,7 @@ import json
 import statistics
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import inf, isfinite
@@ -405,10 +406,8 @@ def parse_parameters(settings: Sequence[str]) -> dict[str, Any]:
 def _parse(text: str) -> int | float | str:
     """What is no number is text; `make_workload` refuses it by the parameter's name where a number belongs."""
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            pass
     return text
 
 
