@@ -8,6 +8,10 @@ from math import inf
 
 import pytest
 
+import nanovllm.engine.connection
+import nanovllm.engine.engine_process
+import nanovllm.simulation.front_end
+import nanovllm.simulation.run
 from nanovllm.config import SchedulerLimits
 from nanovllm.simulation.front_end import EventLoop, FrontEnd, Told
 from nanovllm.simulation.hardware import PROFILES, Calibration, Hardware
@@ -250,3 +254,9 @@ def test_a_turn_comes_after_the_answer_before_it_and_finds_the_conversation_in_t
         due = sorted(one.finish + 0.5 for one in by_length[before])
         assert sorted(one.sent for one in by_length[after]) == pytest.approx(due, abs=1e-3)
         assert all(one.num_cached >= before // 16 * 16 - 16 for one in by_length[after])
+
+
+def test_limits_that_are_written_again_are_those_of_the_engine():
+    """Not imported: the engine process can reach torch, and the simulator must not."""
+    assert nanovllm.simulation.run.MAX_MESSAGES_PER_TURN == nanovllm.engine.engine_process.MAX_MESSAGES_PER_TURN
+    assert nanovllm.simulation.front_end.MAX_MESSAGES_PER_TURN == nanovllm.engine.connection.MAX_MESSAGES_PER_TURN
