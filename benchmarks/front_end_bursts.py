@@ -22,7 +22,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from random import Random
@@ -38,6 +38,7 @@ from nanovllm.config import EngineConfig, SchedulerLimits
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.simulation.calibrate import calibrate_bursts
 from nanovllm.simulation.front_end import FrontEnd, Told
 from nanovllm.simulation.hardware import Calibration, find_hardware
 from nanovllm.simulation.report import percentile
@@ -398,9 +399,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("record", type=Path, help="of front_end_costs.py")
     parser.add_argument("--gpu", default="h200", help="whose calibration")
+    parser.add_argument("--calibrate", action="store_true", help="with the front end that the record itself gives")
     arguments = parser.parse_args()
+    record, calibration = json.loads(arguments.record.read_text()), find_hardware(arguments.gpu).calibration
+    if arguments.calibrate:
+        calibration = calibrate_bursts(calibration, record)
+        print({field: value for field, value in asdict(calibration).items() if "frontend" in field or field.startswith("token")})
     print(f"{'ms, measured and simulated':35} " + "  ".join(f"{name:>17}" for name in PERCENTS))
-    for line in compare(json.loads(arguments.record.read_text()), find_hardware(arguments.gpu).calibration):
+    for line in compare(record, calibration):
         print(line)
 
 

@@ -4,9 +4,9 @@
     record of steps      the gap between two kernels of a graph
     offline records      host time of a step (their `steps`), by batch size
     front end costs      what keeps the event loops of server and client busy, by request, token and event; what the
-                         engine's thread does with a new request
+                         engine's thread does with a new request; what bursts wait for
 
-By hand, not here: `idle_s` from one first token offline; `frontend_latency_s` from one first token of a server; the rate of
+By hand, not here: `idle_s` from one first token offline; the front end's latencies from one first token of a server; the rate of
 long products and when it sets in; messages, keyframe and eager launches (docs/simulator.md has the sources). All else of
 whole runs is a prediction. Read next: `validate.py`.
 """
@@ -23,6 +23,18 @@ from nanovllm.simulation.hardware import Calibration, Hardware
 from nanovllm.simulation.shapes import SHAPES
 
 HEAD_DIM, NUM_HEADS, VOCABULARY = 128, 16, 151_936  # of the kernels record
+
+# Of a request's time in the server's event loop, turn by turn, about as seen in a run of 512 at once (benchmarks/LOG.md).
+SHARES = {
+    "frontend_accept_s": 0.08,
+    "frontend_read_s": 0.10,
+    "frontend_handle_s": 0.16,
+    "frontend_resume_s": 0.09,
+    "frontend_hand_over_s": 0.35,
+    "frontend_end_s": 0.22,
+}
+LARGE_BURST = 128  # requests
+TOKEN_SHARES = {"frontend_handle_token_s": 0.4, "frontend_hand_over_token_s": 0.6}
 
 
 def calibrate(
@@ -56,7 +68,7 @@ def calibrate(
 
 
 def calibrate_front_end(calibration: Calibration, costs: dict[str, Any]) -> Calibration:
-    """With the processor times of the record `front-end-costs`; the latency, which is none, is kept.
+    """With the processor times of the record `front-end-costs`, spread over turns by hand; latencies, which are none, are kept.
 
     Tokenising runs beside the event loop, but Python before and after it holds the interpreter's lock: the part of a
     thread's time that does not grow with the prompt keeps the event loop waiting, and counts as its own.
@@ -72,14 +84,75 @@ def calibrate_front_end(calibration: Calibration, costs: dict[str, Any]) -> Cali
     token_us = (us("words 1024", "loop_us") - us("short", "loop_us")) / (num_more - num_short)
     in_thread_us = (us("words 1024", "threads_us") - us("words 512", "threads_us")) / (num_more - num_words)
     locked_us = us("words 512", "threads_us") - us("short", "threads_us") - num_words * in_thread_us
+    request_s = 1e-6 * (us("short", "loop_us") - num_short * token_us + locked_us - event_us)
     return replace(
         calibration,
-        frontend_request_s=1e-6 * (us("short", "loop_us") - num_short * token_us + locked_us - event_us),
-        frontend_token_s=1e-6 * token_us,
+        **{field: share * request_s for field, share in SHARES.items()},
+        **{field: share * token_us * 1e-6 for field, share in TOKEN_SHARES.items()},
         frontend_event_s=1e-6 * event_us,
         tokenize_token_s=1e-6 * in_thread_us,
         client_request_s=1e-6 * (us("words 512", "client_us") - client_event_us),
         client_event_s=1e-6 * client_event_us,
+    )
+
+
+def calibrate_bursts(calibration: Calibration, record: dict[str, Any]) -> Calibration:
+    """With the wall times of the record's bursts: what the event loops wait for is in them, beside what they do.
+
+    In a burst each turn of the server takes in all requests, one after the other: how fast they follow one another is a
+    request's time in that turn. What a request alone takes beyond its turns is latency.
+    """
+    rows = record["bursts"]
+    max_size = max(row["size"] for row in rows)
+
+    def pace(stage: str, num_words: int, num_clients: int = 1) -> float:
+        """Seconds from one request to the next, the median over large bursts."""
+        found = [
+            row for row in rows if row["size"] >= LARGE_BURST and row["clients"] == num_clients and row["words"] == num_words
+        ]
+        spans = [(row["times"][stage]["p90"] - row["times"][stage]["p10"]) / (0.8 * row["size"]) for row in found]
+        return 1e-3 * median(spans)
+
+    def alone(stage: str, num_words: int) -> float:
+        (row,) = (row for row in rows if row["size"] == 1 and row["words"] == num_words)
+        return 1e-3 * row["times"][stage]["p50"]
+
+    def line(short: float, long: float) -> tuple[float, float]:
+        """(seconds of any request, and more for each token) through prompts of 512 and 1,024."""
+        token_s = min(max(0.0, long - short), short) / 512
+        return short - 512 * token_s, token_s
+
+    handle_s, handle_token_s = line(pace("handled", 512), pace("handled", 1024))
+    hand_over_s, hand_over_token_s = line(pace("handed", 512), pace("handed", 1024))
+    _, tokenize_token_s = line(*(alone("tokenised", words) - alone("tokenising", words) for words in (512, 1024)))
+    ways = [(row["times"]["resumed"]["first"] - row["times"]["handled"]["last"]) / row["size"] for row in rows]
+    event_s = median(pace("step", words, 4) for words in (512, 1024))
+    begin_s = median(pace("first token", words, 4) for words in (512, 1024)) - event_s
+    waits = [
+        row["times"]["step"]["first"] * 1e-3 / row["size"] for row in rows if row["size"] == max_size and row["clients"] == 4
+    ]
+    bursts = replace(
+        calibration,
+        frontend_accept_s=min(pace("accepted", 512), pace("accepted", 1024)),
+        frontend_read_s=min(pace("read", 512), pace("read", 1024)),
+        frontend_handle_s=handle_s,
+        frontend_handle_token_s=handle_token_s,
+        frontend_resume_s=max(0.0, 1e-3 * median(way for way, row in zip(ways, rows) if row["size"] >= LARGE_BURST)),
+        frontend_hand_over_s=hand_over_s,
+        frontend_hand_over_token_s=hand_over_token_s,
+        frontend_event_s=event_s,
+        frontend_told_s=median(waits),
+        frontend_begin_s=max(0.0, begin_s),
+        tokenize_token_s=tokenize_token_s,
+    )
+    turns = bursts.client_request_s + bursts.frontend_accept_s + bursts.frontend_read_s + bursts.frontend_resume_s
+    turns += bursts.frontend_handle_s + bursts.frontend_hand_over_s
+    turns += 512 * (handle_token_s + tokenize_token_s + hand_over_token_s)
+    event = bursts.frontend_message_s + bursts.frontend_event_s + bursts.client_message_s + bursts.client_event_s
+    return replace(
+        bursts,
+        frontend_latency_in_s=max(0.0, alone("taken", 512) - turns),
+        frontend_latency_out_s=max(0.0, alone("step", 512) - event),
     )
 
 

@@ -31,10 +31,7 @@ from nanovllm.simulation.hardware import Calibration
 
 MAX_MESSAGES_PER_TURN = 8  # `engine/connection.py`'s
 CLIENT_TURNS = 5  # begin, and connect; be connected; hear of it; make the protocol; write (Python 3.12; 3.11 takes one more)
-# Turns of the server, with their shares of a request's time, about as seen in a run of 512 at once (benchmarks/LOG.md).
-TURNS_BEFORE_TOKENS = (0.08, 0.10, 0.16)  # accept; receive; run the handler until it waits for the thread that tokenises
-TURNS_WITH_TOKENS = (0.03, 0.03, 0.03, 0.35)  # hear of the tokens; go on; let others run; check, hand over, begin the answer
-SHARE_END = 0.22  # after the last token
+QUICK_TURNS = 3  # of the server, for a request whose prompt has been tokenised: hear of it; go on; let others run
 
 
 class EventLoop:
@@ -144,14 +141,16 @@ class FrontEnd:
     def arrive(self, time: float, index: int, num_tokens: int) -> None:
         """A request of so many tokens is due then."""
         costs = self._costs
-        request_s = costs.frontend_request_s + num_tokens * costs.frontend_token_s
-        before, after = ([share * request_s for share in shares] for shares in (TURNS_BEFORE_TOKENS, TURNS_WITH_TOKENS))
+        handle_s = costs.frontend_handle_s + num_tokens * costs.frontend_handle_token_s
+        hand_over_s = costs.frontend_hand_over_s + num_tokens * costs.frontend_hand_over_token_s
+        before = [costs.frontend_accept_s, costs.frontend_read_s, handle_s]
+        after = [costs.frontend_resume_s / QUICK_TURNS] * QUICK_TURNS + [hand_over_s]
 
         def begin(now: float) -> None:
             self.sent[index] = now
 
         def send(now: float) -> None:
-            _run_turns(self._server, now + costs.frontend_latency_s, before, tokenize)
+            _run_turns(self._server, now + costs.frontend_latency_in_s, before, tokenize)
 
         def tokenize(now: float) -> None:
             _run_turns(self._server, now + num_tokens * costs.tokenize_token_s, after, hand_over)
@@ -173,46 +172,50 @@ class FrontEnd:
 
     def tell(self, now: float, num_streams: int, told: Sequence[Told]) -> None:
         """The engine sends a token for each of so many streams."""
-        self._messages.append((now + self._costs.frontend_latency_s, num_streams, told))
+        self._messages.append((now + self._costs.frontend_latency_out_s, num_streams, told))
         if not self._is_draining:
             self._is_draining = True
             self._server.add(self._messages[0][0], self._drain)
 
     def _drain(self, now: float) -> float:
-        num_events = 0
+        num_events = num_tokens = 0
         told: list[Told] = []
         for _ in range(MAX_MESSAGES_PER_TURN):
             if not self._messages or self._messages[0][0] > now:
                 break
             _, num_streams, more = self._messages.popleft()
             num_events = max(num_events, num_streams)
+            num_tokens += num_streams
             told += more
         self._server.add(now, partial(self._write, num_events=num_events, told=told))
         self._is_draining = bool(self._messages)
         if self._messages:
             self._server.add(max(now, self._messages[0][0]), self._drain)
-        return self._costs.frontend_message_s
+        return self._costs.frontend_message_s + num_tokens * self._costs.frontend_told_s
 
     def _write(self, now: float, num_events: int, told: list[Told]) -> float:
-        """An event for each stream, one after the other; the clients read them as they come."""
+        """An event for each stream, one after the other; the clients read them as they come. A first one begins an answer."""
         event_s = self._costs.frontend_event_s
+        num_begun = sum(one.is_first for one in told)
+        if num_events:
+            event_s += self._costs.frontend_begin_s * num_begun / num_events
         for one in told:
             self._num_open[self._number_of(one.request)] += one.is_first
         num_open = sum(self._num_open)
         for number, client in enumerate(self._clients):
             if share := self._num_open[number] / num_open:
                 ours = [one for one in told if self._number_of(one.request) == number]
-                client.add(now + event_s, partial(self._read, now, num_events, share, ours))
+                client.add(now + event_s, partial(self._read, now, event_s, num_events, share, ours))
         num_ended = 0
         for one in told:
             if one.is_last:
                 num_ended += 1
                 self._num_open[self._number_of(one.request)] -= 1
-        return num_events * event_s + num_ended * SHARE_END * self._costs.frontend_request_s
+        return num_events * event_s + num_ended * self._costs.frontend_end_s
 
-    def _read(self, written: float, num_events: int, share: float, told: list[Told], now: float) -> float:
-        """`share`: of the events, that are this client's."""
-        event_s, read_s = self._costs.frontend_event_s, self._costs.client_event_s
+    def _read(self, written: float, event_s: float, num_events: int, share: float, told: list[Told], now: float) -> float:
+        """`written`, `event_s`: when the server began to write, and how long for each. `share`: of the events, that are ours."""
+        read_s = self._costs.client_event_s
         now += self._costs.client_message_s
         for one in told:
             self._on_seen(one, max(written + (one.place + 1) * event_s, now + one.place * share * read_s))
