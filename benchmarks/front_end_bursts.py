@@ -39,7 +39,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.simulation.calibrate import calibrate_bursts
-from nanovllm.simulation.front_end import FrontEnd, Told
+from nanovllm.simulation.front_end import ACCEPT_TURNS, QUICK_TURNS, FrontEnd, Told
 from nanovllm.simulation.hardware import Calibration, find_hardware
 from nanovllm.simulation.report import percentile
 from nanovllm.simulation.validate import TIMER_S
@@ -310,6 +310,19 @@ def _send(
 # --- the same, simulated
 
 
+HANDLED = ACCEPT_TURNS + 1  # the server's last turn with a request before it is tokenised
+HANDED = HANDLED + QUICK_TURNS + 1
+TURNS = {  # stages -> what the simulator calls them: the number of a turn, and whether at its end
+    "accepted": (0, True),
+    "read": (ACCEPT_TURNS, True),
+    "handled": (HANDLED, True),
+    "tokenising": (HANDLED, True),
+    "tokenised": (HANDLED + 1, False),
+    "resumed": (HANDED, False),
+    "handed": (HANDED, True),
+}
+
+
 class Replay:
     """A load of `_send`, with the simulator's front end and an engine like `stamped`'s."""
 
@@ -324,6 +337,8 @@ class Replay:
         for index, one in enumerate(requests):
             timer_s = TIMER_S * noise.random() if num_clients > 1 else 0.0
             self._front_end.arrive(one.arrival_s + timer_s, index, len(one.prompt))
+        self._front_end.on_turn = self._note
+        self._stages: dict[str, list[float]] = {stage: [] for stage in TURNS}
         self._read: list[list[float]] = [[] for _ in requests]
         self._running: dict[int, int] = {}  # request -> tokens so far
         self._taken: list[float] = []
@@ -339,7 +354,7 @@ class Replay:
             next_step = max(next_step, now - 10 * NAP_S) + self._pause_s * max(1.0, len(self._running) / MANY_STREAMS)
             self._step(now)
         self._front_end.advance(float("inf"))
-        return Times(0.0, self._rows(), {}, self._taken, self._steps)
+        return Times(0.0, self._rows(), self._stages, self._taken, self._steps)
 
     def _take_in(self, now: float) -> float:
         self._front_end.advance(now)
@@ -361,6 +376,11 @@ class Replay:
                 del self._running[index]
         self._steps.append((now, sum(one.is_first for one in told)))
         self._front_end.tell(now, len(told), told)
+
+    def _note(self, turn: int, begin: float, end: float) -> None:
+        for stage, (number, is_end) in TURNS.items():
+            if turn == number:
+                self._stages[stage].append(end if is_end else begin)
 
     def _see(self, told: Told, time: float) -> None:
         self._read[told.request].append(time)

@@ -99,56 +99,51 @@ def calibrate_front_end(calibration: Calibration, costs: dict[str, Any]) -> Cali
 def calibrate_bursts(calibration: Calibration, record: dict[str, Any]) -> Calibration:
     """With the wall times of the record's bursts: what the event loops wait for is in them, beside what they do.
 
-    In a burst each turn of the server takes in all requests, one after the other: how fast they follow one another is a
-    request's time in that turn. What a request alone takes beyond its turns is latency.
+    In a large burst the server is busy from the first request that it reads until the last has gone to the engine: first it
+    reads all and runs their handlers, then it hears of their tokens and hands them over. Its quick turns, and reading, keep
+    their processor time; the others get what is left. What a request alone takes beyond its turns is latency.
     """
-    rows = record["bursts"]
-    max_size = max(row["size"] for row in rows)
+    rows = [{**row, **row["times"]} for row in record["bursts"]]
+    large = [row for row in rows if row["size"] >= LARGE_BURST]
 
-    def pace(stage: str, num_words: int, num_clients: int = 1) -> float:
-        """Seconds from one request to the next, the median over large bursts."""
-        found = [
-            row for row in rows if row["size"] >= LARGE_BURST and row["clients"] == num_clients and row["words"] == num_words
-        ]
-        spans = [(row["times"][stage]["p90"] - row["times"][stage]["p10"]) / (0.8 * row["size"]) for row in found]
-        return 1e-3 * median(spans)
+    def span(start: tuple[str, str], end: tuple[str, str], num_words: int) -> float:
+        """Seconds of each request between two quantiles of stages, the median over large bursts of one client."""
+        found = [row for row in large if row["clients"] == 1 and row["words"] == num_words]
+        return 1e-3 * median((row[end[0]][end[1]] - row[start[0]][start[1]]) / row["size"] for row in found)
+
+    def pace(stage: str, num_clients: int) -> float:
+        """Seconds from one request to the next."""
+        found = [row for row in large if row["clients"] == num_clients]
+        return 1e-3 * median((row[stage]["p90"] - row[stage]["p10"]) / (0.8 * row["size"]) for row in found)
 
     def alone(stage: str, num_words: int) -> float:
-        (row,) = (row for row in rows if row["size"] == 1 and row["words"] == num_words)
-        return 1e-3 * row["times"][stage]["p50"]
+        (row,) = (row for row in rows if row["size"] == row["clients"] == 1 and row["words"] == num_words)
+        return 1e-3 * row[stage]["p50"]
 
-    def line(short: float, long: float) -> tuple[float, float]:
+    def line(seconds: Callable[[int], float]) -> tuple[float, float]:
         """(seconds of any request, and more for each token) through prompts of 512 and 1,024."""
+        short, long = seconds(512), seconds(1024)
         token_s = min(max(0.0, long - short), short) / 512
         return short - 512 * token_s, token_s
 
-    handle_s, handle_token_s = line(pace("handled", 512), pace("handled", 1024))
-    hand_over_s, hand_over_token_s = line(pace("handed", 512), pace("handed", 1024))
-    _, tokenize_token_s = line(*(alone("tokenised", words) - alone("tokenising", words) for words in (512, 1024)))
-    ways = [(row["times"]["resumed"]["first"] - row["times"]["handled"]["last"]) / row["size"] for row in rows]
-    event_s = median(pace("step", words, 4) for words in (512, 1024))
-    begin_s = median(pace("first token", words, 4) for words in (512, 1024)) - event_s
-    waits = [
-        row["times"]["step"]["first"] * 1e-3 / row["size"] for row in rows if row["size"] == max_size and row["clients"] == 4
-    ]
+    handle_s, handle_token_s = line(lambda words: span(("read", "first"), ("handled", "last"), words))
+    hand_over_s, hand_over_token_s = line(lambda words: span(("handled", "last"), ("handed", "last"), words))
+    _, tokenize_token_s = line(lambda words: alone("tokenised", words) - alone("tokenising", words))
+    event_s, largest = pace("step", 4), max(large, key=lambda row: (row["clients"], row["size"]))
     bursts = replace(
         calibration,
-        frontend_accept_s=min(pace("accepted", 512), pace("accepted", 1024)),
-        frontend_read_s=min(pace("read", 512), pace("read", 1024)),
-        frontend_handle_s=handle_s,
+        frontend_accept_s=pace("accepted", 1),
+        frontend_handle_s=max(0.0, handle_s - calibration.frontend_read_s),
         frontend_handle_token_s=handle_token_s,
-        frontend_resume_s=max(0.0, 1e-3 * median(way for way, row in zip(ways, rows) if row["size"] >= LARGE_BURST)),
-        frontend_hand_over_s=hand_over_s,
+        frontend_hand_over_s=max(0.0, hand_over_s - calibration.frontend_resume_s),
         frontend_hand_over_token_s=hand_over_token_s,
         frontend_event_s=event_s,
-        frontend_told_s=median(waits),
-        frontend_begin_s=max(0.0, begin_s),
+        frontend_told_s=(1e-3 * largest["step"]["first"] - alone("step", 512)) / largest["size"],
+        frontend_begin_s=max(0.0, pace("first token", 4) - event_s),
         tokenize_token_s=tokenize_token_s,
     )
-    turns = bursts.client_request_s + bursts.frontend_accept_s + bursts.frontend_read_s + bursts.frontend_resume_s
-    turns += bursts.frontend_handle_s + bursts.frontend_hand_over_s
-    turns += 512 * (handle_token_s + tokenize_token_s + hand_over_token_s)
-    event = bursts.frontend_message_s + bursts.frontend_event_s + bursts.client_message_s + bursts.client_event_s
+    turns = bursts.client_request_s + handle_s + hand_over_s + 512 * (handle_token_s + tokenize_token_s + hand_over_token_s)
+    event = bursts.frontend_message_s + bursts.frontend_told_s + event_s + bursts.client_message_s + bursts.client_event_s
     return replace(
         bursts,
         frontend_latency_in_s=max(0.0, alone("taken", 512) - turns),

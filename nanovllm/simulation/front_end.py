@@ -4,8 +4,9 @@ An event loop does one thing at a time, in turns: what becomes ready during a tu
 come at one moment none reaches the engine before all of them have been read, and the first token of one waits for the
 tokens of the others. The way of a request, with whom it keeps busy:
 
-    client    connect, and send the request
-    server    accept, read and parse it
+    client    connect, and send the request; meanwhile
+    server    accept
+    server    read and parse it
     (thread)  tokenise: nobody waits but the request
     server    check it, hand it to the engine
 
@@ -31,6 +32,7 @@ from nanovllm.simulation.hardware import Calibration
 
 MAX_MESSAGES_PER_TURN = 8  # `engine/connection.py`'s
 CLIENT_TURNS = 5  # begin, and connect; be connected; hear of it; make the protocol; write (Python 3.12; 3.11 takes one more)
+ACCEPT_TURNS = 1  # of the server, while the client is still busy with the request
 QUICK_TURNS = 3  # of the server, for a request whose prompt has been tokenised: hear of it; go on; let others run
 
 
@@ -67,16 +69,20 @@ def _run_turns(
     time: float,
     costs: Sequence[float],
     then: Callable[[float], None],
-    begin: Callable[[float], None] | None = None,
+    note: Callable[[int, float, float], None] | None = None,
+    number: int = 0,
 ) -> None:
-    """A turn of `loop` for each of `costs`, seconds, the first at `time`. Then `then(now)`."""
+    """A turn of `loop` for each of `costs`, seconds, the first at `time`. Then `then(now)`.
+
+    `note`, where somebody wants to know: of each turn its number, the time when it came to this request, and when it was done.
+    """
 
     def turn(now: float) -> float:
-        if begin is not None:
-            begin(now)
         end = now + costs[0]
+        if note is not None:
+            note(number, now, end)
         if len(costs) > 1:
-            _run_turns(loop, end, costs[1:], then)
+            _run_turns(loop, end, costs[1:], then, note, number + 1)
         else:
             then(end)
         return costs[0]
@@ -103,6 +109,7 @@ class FrontEnd:
     def __init__(self, costs: Calibration, on_seen: Callable[[Told, float], None], clients: Sequence[int] = ()) -> None:
         self._costs = costs
         self._on_seen = on_seen
+        self.on_turn: Callable[[int, float, float], None] | None = None  # for who compares: of the server, see `_run_turns`
         self.sent: dict[int, float] = {}  # by request, until somebody takes it out: when its client began with it
         self._server = EventLoop()
         self._client_of = clients
@@ -143,17 +150,26 @@ class FrontEnd:
         costs = self._costs
         handle_s = costs.frontend_handle_s + num_tokens * costs.frontend_handle_token_s
         hand_over_s = costs.frontend_hand_over_s + num_tokens * costs.frontend_hand_over_token_s
-        before = [costs.frontend_accept_s, costs.frontend_read_s, handle_s]
+        before = [costs.frontend_read_s, handle_s]
         after = [costs.frontend_resume_s / QUICK_TURNS] * QUICK_TURNS + [hand_over_s]
 
-        def begin(now: float) -> None:
-            self.sent[index] = now
+        def begin(turn: int, now: float, end: float) -> None:
+            if turn == 0:  # it is connected before the client hears of it
+                self.sent[index] = now
+                _run_turns(self._server, end, [costs.frontend_accept_s], lambda now: None, self.on_turn)
 
         def send(now: float) -> None:
-            _run_turns(self._server, now + costs.frontend_latency_in_s, before, tokenize)
+            _run_turns(self._server, now + costs.frontend_latency_in_s, before, tokenize, self.on_turn, ACCEPT_TURNS)
 
         def tokenize(now: float) -> None:
-            _run_turns(self._server, now + num_tokens * costs.tokenize_token_s, after, hand_over)
+            _run_turns(
+                self._server,
+                now + num_tokens * costs.tokenize_token_s,
+                after,
+                hand_over,
+                self.on_turn,
+                ACCEPT_TURNS + len(before),
+            )
 
         def hand_over(now: float) -> None:
             self._at_engine.append((now, index))

@@ -77,21 +77,21 @@ def test_what_becomes_ready_during_a_turn_waits_for_the_next():
 
 
 def test_two_requests_at_once_pass_the_front_end_turn_by_turn():
-    # Five turns of the client's loop, a second each: sent at 9 and 10. The server's turns take 8, 10 and 16 seconds before
-    # tokenising, which takes one, and 3, 3, 3 and 35 after it. Turns begin at 19 (A), 27 (B, A), 45 (B, A), 71 (B),
-    # 87 (A), 90 (B, A), 96 (B, A), 102 (B, A), 140 (B).
+    # Five turns of the client's loop, a second each: connected at 1 and 2, sent at 9 and 10. The server accepts for 8 seconds,
+    # reads for 10 and handles for 16 before tokenising, which takes one, and takes 3, 3, 3 and 35 after it. Its turns begin
+    # at 1 (A), 9 (B), 19 (A), 29 (B reads, A is handled), 55 (B), 71 (A), 74 (B, A), 80 (B, A), 86 (B, A is handed over), 124.
     before = {"frontend_accept_s": 8.0, "frontend_read_s": 10.0, "frontend_handle_s": 14.0, "frontend_handle_token_s": 1.0}
     after = {"frontend_resume_s": 9.0, "frontend_hand_over_s": 34.0, "frontend_hand_over_token_s": 0.5}
     costs = replace(ZERO, client_request_s=5.0, tokenize_token_s=0.5, frontend_latency_in_s=10.0, **before, **after)
     front_end = FrontEnd(costs, lambda told, time: None)
     for index in (0, 1):
         front_end.arrive(0.0, index, num_tokens=2)
-    front_end.advance(101.0)
+    front_end.advance(85.0)
     assert front_end.sent == {0: 0.0, 1: 1.0}
-    assert front_end.wait() == pytest.approx(140.0)
-    assert front_end.take(139.9) is None and front_end.take(140.1) == 0
+    assert front_end.wait() == pytest.approx(124.0)
+    assert front_end.take(123.9) is None and front_end.take(124.1) == 0
     front_end.advance(inf)
-    assert front_end.take(174.9) is None and front_end.take(175.1) == 1
+    assert front_end.take(158.9) is None and front_end.take(159.1) == 1
     assert front_end.wait() == inf
 
 
