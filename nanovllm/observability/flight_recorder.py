@@ -186,15 +186,13 @@ class Numbering:
         columns = {**keyframe.pop("columns"), "births": keyframe.pop("births")}
         tables = columns["block_table"] = [table[:length] for table, length in zip(keyframe.pop("tables"), lengths)]
         held, freed = set(itertools.chain.from_iterable(tables)), arrays[-1]
+        cached = [row for row in zip(itertools.count(), *arrays) if row[2] != ROOT]
+        numbers = self.of(row[1] for row in cached)
         return {
             **keyframe,
             "limits": dataclasses.asdict(keyframe["limits"]),
             "free_blocks": sorted((one for one in range(len(freed)) if one not in held), key=freed.__getitem__),
-            "cached": [
-                (block_id, *self.of([block_hash]), content_id, parent_id)
-                for block_id, (block_hash, content_id, parent_id, _) in enumerate(zip(*arrays))
-                if content_id != ROOT
-            ],
+            "cached": [(row[0], number, *row[2:4]) for row, number in zip(cached, numbers)],
             "sequences": [self._row(dict(zip(columns, values))) for values in zip(*columns.values())],
         }
 
