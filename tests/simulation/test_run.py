@@ -136,16 +136,6 @@ def test_client_programs_share_the_events():
     assert ends == [[3.0, 8.0], [1.5, 6.5], [0.75, 5.75]]  # request 3's events, which its client reads last
 
 
-def test_a_keyframe_costs_a_server_its_cached_blocks():
-    # 1,030 tokens are 1,030 steps, and after 1,024 of them the engine looks at its 64 full blocks for a second each.
-    costs = [replace(CLOCKWORK, calibration=replace(ONE_SECOND, keyframe_block_s=one)) for one in (0.0, 1.0)]
-    for has_server in (True, False):
-        runs = [simulate(deployment(one, has_server=has_server), [request(0.0, 4, 1030)]) for one in costs]
-        free, paid = (run.finished[0].finish for run in runs)
-        # A step takes 1 s, the next one runs meanwhile, and launching takes 0.25: the device is idle for 63.25.
-        assert paid - free == pytest.approx(63.25 if has_server else 0.0)
-
-
 def test_without_a_step_ahead_the_host_is_on_the_path():
     arrivals = [request(0.0, 4, 5)]
     ahead, not_ahead = (
