@@ -35,6 +35,7 @@ from nanovllm.log import configure_logging
 from nanovllm.server.options import ServerOptions
 from nanovllm.server.serve import serve
 configure_logging()
+{prepare}
 sys.exit(serve(ServerOptions(**{options!r}), {engine!r}))
 """
 STEPS_PER_SECOND = "NANOVLLM_BENCH_STEPS_PER_SECOND"  # tells the engine process, which is made by `paced`
@@ -59,11 +60,12 @@ def paced(config: EngineConfig) -> Any:
 
 
 @contextlib.contextmanager
-def running_server(options: dict[str, Any], engine: dict[str, Any]) -> Iterator[tuple[int, dict[str, list[int]]]]:
-    """(port, kind of process -> ids) of a server that is ready."""
-    program = PROGRAM.format(
-        path=[str(TESTS), str(Path(__file__).parent)], options={"port": 0, "access_log": False, **options}, engine=engine
-    )
+def running_server(
+    options: dict[str, Any], engine: dict[str, Any], prepare: str = ""
+) -> Iterator[tuple[int, dict[str, list[int]]]]:
+    """(port, kind of process -> ids) of a server that is ready. `prepare`: a line of Python that it runs before."""
+    path, options = [str(TESTS), str(Path(__file__).parent)], {"port": 0, "access_log": False, **options}
+    program = PROGRAM.format(path=path, options=options, engine=engine, prepare=prepare)
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     if process.stderr is None:
         raise RuntimeError("no standard error")
@@ -97,6 +99,13 @@ def cpu_seconds(pids: list[int]) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         total += int(fields[11]) + int(fields[12])
     return total / TICKS
+
+
+def thread_times(pid: int) -> tuple[float, float]:
+    """Processor time of a process so far, seconds: (its main thread, its other threads)."""
+    times = {path.name: int((path / "schedstat").read_text().split()[0]) / 1e9 for path in Path(f"/proc/{pid}/task").iterdir()}
+    main = times.pop(str(pid))
+    return main, sum(times.values())
 
 
 def resident_mib(pids: list[int]) -> float:

@@ -19,10 +19,10 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from front_end import STEPS_PER_SECOND, TESTS, running_server
+from front_end import STEPS_PER_SECOND, TESTS, running_server, thread_times
+from front_end_bursts import measure_bursts, measure_singles
 
 from nanovllm.bench.http_client import Endpoint, stream
 from nanovllm.bench.record import summary, write_record
@@ -32,13 +32,6 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.messages import AddRequest, decode_for_engine, encode
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.sampling_params import SamplingParams
-
-
-def thread_times(pid: int) -> tuple[float, float]:
-    """Processor time of a process so far, seconds: (its main thread, its other threads)."""
-    times = {path.name: int((path / "schedstat").read_text().split()[0]) / 1e9 for path in Path(f"/proc/{pid}/task").iterdir()}
-    main = times.pop(str(pid))
-    return main, sum(times.values())
 
 
 async def send(port: int, num_streams: int, num_words: int, num_tokens: int) -> float:
@@ -139,12 +132,20 @@ def main() -> None:
     parser.add_argument("--steps-per-second", type=float, default=10.0, help="of the paced load")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only-alone", action="store_true", help="not the loads of many streams")
+    parser.add_argument(
+        "--only-bursts", action="store_true", help="only what `front_end_bursts.py` measures, by the wall's clock"
+    )
+    parser.add_argument("--burst-repeats", type=int, default=5)
     parser.add_argument("--record", help="write a record with this name")
     arguments = parser.parse_args()
     os.environ[STEPS_PER_SECOND] = str(arguments.steps_per_second)
     shape = arguments.streams, arguments.repeats
-    content: dict[str, Any] = {"alone": measure_alone(), "engine": measure_engine()}
+    content: dict[str, Any] = {}
     if not arguments.only_alone:
+        content |= {"bursts": measure_bursts(arguments.burst_repeats), "singles": measure_singles()}
+    if not arguments.only_bursts:
+        content |= {"alone": measure_alone(), "engine": measure_engine()}
+    if not (arguments.only_alone or arguments.only_bursts):
         one_token = {"short": (4, 1), "words 512": (512, 1), "words 1024": (1024, 1)}
         content["loads"] = measure("served:counting", {**one_token, "saturated": (4, arguments.tokens)}, *shape)
         content["loads"] |= measure("front_end:paced", {"paced": (4, arguments.tokens)}, *shape)

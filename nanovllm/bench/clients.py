@@ -11,11 +11,12 @@ import asyncio
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import msgspec
 
-from nanovllm.bench.load import Part, Row, Target, send_part, send_workload
+from nanovllm.bench.load import Part, Row, Target, ignore, send_part, send_workload
 from nanovllm.child_process import child_command
 from nanovllm.errors import NanoVllmError
 from nanovllm.workloads import Workload, deal as deal_out
@@ -24,19 +25,23 @@ LEAD_S = 0.2  # from when all are ready to the start
 READY = b"ready\n"
 
 
-async def send(target: Target, workload: Workload, repeat: int = 0) -> tuple[list[Row], float]:
+async def send(
+    target: Target, workload: Workload, repeat: int = 0, on_start: Callable[[float], None] = ignore
+) -> tuple[list[Row], float]:
     """(a row per request in their order, seconds from the start to the last answer), sent by `target.client_processes`.
 
-    Raises `NanoVllmError` when a process ends before its rows are there.
+    `on_start` is told when the repeat starts, by `time.perf_counter`. Raises `NanoVllmError` when a process ends before its
+    rows are there.
     """
     if target.client_processes == 1:
-        return await send_workload(target, workload, repeat)
+        return await send_workload(target, workload, repeat, on_start)
     clients: list[_Client] = []
     try:
         for part in deal(target, workload, repeat):
             clients.append(await _Client.open(part))
         await asyncio.gather(*(client.is_ready() for client in clients))
         start = time.perf_counter() + LEAD_S
+        on_start(start)
         answers = await asyncio.gather(*(client.send(start) for client in clients))
     finally:
         for client in clients:

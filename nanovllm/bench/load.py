@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -115,12 +116,19 @@ class Part:
         return [json.dumps(self.target.body(request, self.temperature)).encode() for request in self.requests]
 
 
-async def send_workload(target: Target, workload: Workload, repeat: int = 0) -> tuple[list[Row], float]:
+def ignore(start: float) -> None:
+    """Nobody wants to know when a repeat starts."""
+
+
+async def send_workload(
+    target: Target, workload: Workload, repeat: int = 0, on_start: Callable[[float], None] = ignore
+) -> tuple[list[Row], float]:
     """By this process: (a row per request, seconds from the first request to the last answer)."""
     part = Part(target, repeat, workload.temperature, workload.requests, list(range(len(workload.requests))))
     bodies, endpoint = part.bodies(), target.endpoint()
     endpoint.settle()
     start = time.perf_counter()
+    on_start(start)
     return await send_part(part, bodies, endpoint, start), time.perf_counter() - start
 
 
