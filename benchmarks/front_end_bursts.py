@@ -213,7 +213,7 @@ def burst_times(load: Times) -> dict[str, Any]:
     return {
         "begun": quantiles([row.sent_ms / 1e3 for row in rows]),
         "connected": quantiles([(row.sent_ms + row.connect_ms) / 1e3 for row in rows]),
-        **{stage: quantiles([one - start for one in times]) for stage, times in load.stages.items()},
+        **{stage: quantiles([one - start for one in times]) for stage, times in load.stages.items() if times},
         "taken": quantiles([one - start for one in load.taken]),
         "first token": quantiles([times[0] - ends[0] for times in read]),
         "step": _medians(steady) if steady else {},
@@ -231,7 +231,7 @@ def single_times(load: Times) -> dict[str, Any]:
         return quantiles([end - start for start, end in list(zip(before, after))[-NUM_SINGLES:]])
 
     stages = {**load.stages, "taken": load.taken}
-    return {**{stage: since(began, times) for stage, times in stages.items()}, "first token": since(ends, read)}
+    return {**{stage: since(began, times) for stage, times in stages.items() if times}, "first token": since(ends, read)}
 
 
 def _medians(each: Sequence[dict[str, float]]) -> dict[str, float]:
