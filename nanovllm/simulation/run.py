@@ -32,7 +32,7 @@ from nanovllm.simulation.front_end import FrontEnd, Told
 from nanovllm.simulation.hardware import Hardware
 from nanovllm.workloads import Request
 
-MAX_MESSAGES_PER_TURN = 256  # `engine/engine_process.py`'s: requests taken in between two steps
+MAX_RECEIVE_SECONDS = 0.005  # `engine/engine_process.py`'s: for requests between two steps
 ANY_TOKEN = 1 << 31  # the engine's vocabulary: a workload need not know the model's
 
 
@@ -192,7 +192,8 @@ class _Simulation:
 
     def _take_in(self) -> None:
         """Requests that have come, those too that come while others are taken in."""
-        for _ in range(MAX_MESSAGES_PER_TURN):
+        end_time = self.clock.now + MAX_RECEIVE_SECONDS
+        while self.clock.now < end_time:
             self._front_end.advance(self.clock.now)
             index = self._front_end.take(self.clock.now)
             if index is None:

@@ -102,12 +102,16 @@ def test_a_step_has_its_message_and_a_stream_its_end():
     assert seen == [(7, pytest.approx(3.5)), (8, pytest.approx(4.0)), (8, pytest.approx(29.5))]
 
 
-def test_requests_that_come_while_others_are_taken_in_are_taken_in_too():
+def test_requests_that_come_while_others_are_taken_in_are_taken_in_too_unless_that_has_taken_long(monkeypatch):
     # A token of a prompt costs the engine a second, so B, which comes at 1, is there before A's first step begins at 4.
+    monkeypatch.setattr(nanovllm.simulation.run, "MAX_RECEIVE_SECONDS", 5.0)
     calm = replace(ONE_SECOND, host_token_s=1.0, host_step_s=0.0, frontend_latency_s=0.0)
     hardware = replace(CLOCKWORK, calibration=calm)
     a, b = simulate(deployment(hardware), [request(0.0, 4, 1), request(1.0, 4, 1)]).finished
     assert (a.first_token, b.first_token) == (9.0, 9.0)  # eight seconds of prompts, one step
+    monkeypatch.setattr(nanovllm.simulation.run, "MAX_RECEIVE_SECONDS", 3.0)
+    a, b = simulate(deployment(hardware), [request(0.0, 4, 1), request(1.0, 4, 1)]).finished
+    assert (a.first_token, b.first_token) == (8.0, 9.0)
 
 
 def test_tokens_are_written_one_after_the_other_and_share_events_when_the_front_end_is_busy():
@@ -248,5 +252,5 @@ def test_a_turn_comes_after_the_answer_before_it_and_finds_the_conversation_in_t
 
 def test_limits_that_are_written_again_are_those_of_the_engine():
     """Not imported: the engine process can reach torch, and the simulator must not."""
-    assert nanovllm.simulation.run.MAX_MESSAGES_PER_TURN == nanovllm.engine.engine_process.MAX_MESSAGES_PER_TURN
+    assert nanovllm.simulation.run.MAX_RECEIVE_SECONDS == nanovllm.engine.engine_process.MAX_RECEIVE_SECONDS
     assert nanovllm.simulation.front_end.MAX_MESSAGES_PER_TURN == nanovllm.engine.connection.MAX_MESSAGES_PER_TURN
