@@ -93,17 +93,19 @@ class LLGuidanceMatcher:
             return lambda: None
         num_alone = -(-num_matchers // MASKS_PER_SAMPLE)
         alone = budget.draw_lots(num_matchers, num_alone)
-        for i in alone:
-            matchers[i].fill_mask(masks[i], num_matchers / num_alone)
         rest = [i for i in range(num_matchers) if i not in alone]
         running = [i for i in rest if not matchers[i]._is_over]
         running.sort(key=lambda i: matchers[i].strand)  # neighbours in the list go to one thread
         wait = mask_threads(budget.num_threads).begin([(matchers[i]._inner, i) for i in running], masks, budget.clock)
         over = set(rest).difference(running)
+        started = time.thread_time()
+        for i in alone:
+            matchers[i].fill_mask(masks[i], num_matchers / num_alone)
+        seconds_alone = time.thread_time() - started
 
         def finish() -> None:
             try:
-                budget.note_together(len(running), wait())
+                budget.note_together(len(running), max(wait(), seconds_alone))
             except BaseException as error:  # find out which
                 if isinstance(error, (KeyboardInterrupt, SystemExit)):
                     raise
