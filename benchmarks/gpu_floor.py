@@ -43,6 +43,9 @@ class RooflineExecutor:
     def collect(self) -> StepResult:
         return self._results.popleft()
 
+    def begin_draw(self) -> None:
+        pass
+
     def close(self) -> None:
         self._results.clear()
 

@@ -80,6 +80,9 @@ class FakeExecutor:
         self.log.append(("collect", result.step))
         return result
 
+    def begin_draw(self) -> None:
+        pass
+
     def close(self) -> None:
         self._pending.clear()
 
@@ -107,6 +110,9 @@ class CountingExecutor:
 
     def collect(self) -> StepResult:
         return self._pending.popleft()
+
+    def begin_draw(self) -> None:
+        pass
 
     def close(self) -> None:
         self._pending.clear()

@@ -44,10 +44,7 @@ class Block:
 
     block_id: int
     ref_count: int = 0
-    block_hash: int | None = None  # not None: in the index
-    token_ids: array | None = None  # its tokens, for comparison on a hit
-    content_id: int = ROOT  # unique number of this content
-    parent_id: int = ROOT  # content_id of the block before it
+    token_ids: array | None = None  # not None: in the index; its tokens, for comparison on a hit
     cache_salt: str = ""  # whose content it is
     published_time: float = 0.0
 
@@ -100,7 +97,10 @@ class BlockManager:
         self._blocks = [Block(block_id) for block_id in range(num_blocks)]
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # least recently used first
         self._index: dict[int, Block] = {}
-        self._num_contents = 0
+        # By block id, in arrays: to copy the state costs bytes and no walk. A content id is unique; ROOT: not in the index.
+        self._hashes, self._content_ids, self._parent_ids = (array("Q", bytes(8 * num_blocks)) for _ in range(3))
+        self._freed = array("q", range(-num_blocks, 0))  # ascending along the free list; of a held block it means nothing
+        self._num_contents, self._num_frees = 0, num_blocks
         self._hash = hash_function
         self._clock = clock
 
@@ -116,7 +116,7 @@ class BlockManager:
     def is_shared(self, block_id: int) -> bool:
         """True when a write needs a private copy first: other tables, or the index, rely on the content."""
         block = self._blocks[block_id]
-        return block.ref_count > 1 or block.block_hash is not None
+        return block.ref_count > 1 or block.token_ids is not None
 
     def num_free_among(self, block_ids: Iterable[int]) -> int:
         """How many of these are on the free list: taking them shrinks it."""
@@ -128,12 +128,11 @@ class BlockManager:
             raise RuntimeError(f"{num_blocks} blocks wanted, {len(self._free)} free: the scheduler must check first")
         block_ids = []
         for _ in range(num_blocks):
-            block_id, _ = self._free.popitem(last=False)
-            block = self._blocks[block_id]
-            if block.block_hash is not None:
+            block = self._blocks[self._free.popitem(last=False)[0]]
+            if block.token_ids is not None:
                 self._evict(block)
             block.ref_count = 1
-            block_ids.append(block_id)
+            block_ids.append(block.block_id)
         return block_ids
 
     def share(self, block_ids: Iterable[int]) -> None:
@@ -150,9 +149,11 @@ class BlockManager:
             block = self._blocks[block_id]
             block.ref_count -= 1
             if block.ref_count == 0:
-                self._free[block_id] = None
-                if block.block_hash is None:  # nothing to keep: reuse it before any cached content
+                self._num_frees += 1
+                self._free[block_id], self._freed[block_id] = None, self._num_frees
+                if block.token_ids is None:  # nothing to keep: reuse it before any cached content
                     self._free.move_to_end(block_id, last=False)
+                    self._freed[block_id] = -self._num_frees
 
     # --- the prefix index
 
@@ -164,11 +165,10 @@ class BlockManager:
             max_blocks = (sequence.num_tokens - 1) // self.block_size
             self.hash_blocks(sequence, max_blocks)
             for index in range(max_blocks):
-                block = self._find(sequence, index, content_id)
-                if block is None:
+                if (block := self._find(sequence, index, content_id)) is None:
                     break
                 block_ids.append(block.block_id)
-                content_id = block.content_id
+                content_id = self._content_ids[block.block_id]
         return PrefixMatch(block_ids, content_id)
 
     def count_query(self, num_tokens: int, num_hit_tokens: int) -> None:
@@ -185,25 +185,24 @@ class BlockManager:
         self.hash_blocks(sequence, block_index + 1)
         block_hash = sequence.block_hashes[block_index]
         if block_hash in self._index:
-            existing = self._find(sequence, block_index, content_id)
-            if existing is not None:
-                return existing.content_id
+            if (existing := self._find(sequence, block_index, content_id)) is not None:
+                return self._content_ids[existing.block_id]
             if not self._is_same(self._index[block_hash], sequence, block_index):
                 return None
             self._erase(self._index[block_hash])  # it continued a content that was evicted since: nobody could find it
-        block = self._blocks[sequence.block_table[block_index]]
-        self._num_contents += 1
-        block.block_hash, block.token_ids = block_hash, self._tokens_of(sequence, block_index)
-        block.content_id, block.parent_id, block.cache_salt = self._num_contents, content_id, sequence.cache_salt
+        block_id = sequence.block_table[block_index]
+        block = self._index[block_hash] = self._blocks[block_id]
+        block.token_ids, block.cache_salt = self._tokens_of(sequence, block_index), sequence.cache_salt
         block.published_time = self._clock()
-        self._index[block_hash] = block
-        return block.content_id
+        self._num_contents += 1
+        self._content_ids[block_id] = self._num_contents
+        self._hashes[block_id], self._parent_ids[block_id] = block_hash, content_id
+        return self._num_contents
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached content that no running sequence holds."""
         for block_id in self._free:
-            block = self._blocks[block_id]
-            if block.block_hash is not None:
+            if (block := self._blocks[block_id]).token_ids is not None:
                 self._erase(block)
 
     def hash_blocks(self, sequence: Sequence, num_blocks: int) -> None:
@@ -221,8 +220,9 @@ class BlockManager:
 
     def _find(self, sequence: Sequence, block_index: int, parent_id: int) -> Block | None:
         block = self._index.get(sequence.block_hashes[block_index])
-        is_found = block is not None and block.parent_id == parent_id and self._is_same(block, sequence, block_index)
-        return block if is_found else None
+        if block is None or self._parent_ids[block.block_id] != parent_id:
+            return None
+        return block if self._is_same(block, sequence, block_index) else None
 
     def _is_same(self, block: Block, sequence: Sequence, block_index: int) -> bool:
         """Equal salt and tokens; what came before is not looked at."""
@@ -234,8 +234,8 @@ class BlockManager:
         self._erase(block)
 
     def _erase(self, block: Block) -> None:
-        del self._index[block.block_hash]  # type: ignore[arg-type]  # only blocks in the index come here
-        block.block_hash, block.token_ids, block.content_id, block.parent_id = None, None, ROOT, ROOT
+        del self._index[self._hashes[block.block_id]]
+        block.token_ids, self._content_ids[block.block_id] = None, ROOT
 
     # --- for tests and the watchdog
 
@@ -248,11 +248,11 @@ class BlockManager:
         for block in self._blocks:
             _require(block.ref_count == counts[block.block_id], f"{block} is in {counts[block.block_id]} tables")
             _require((block.ref_count == 0) == (block.block_id in self._free), f"{block} and the free list disagree")
-            if block.block_hash is None:
-                _require(block.token_ids is None, f"{block} has content but no hash")
-            else:
-                _require(self._index.get(block.block_hash) is block, f"{block} is not what the index finds")
-        _require(sum(block.block_hash is not None for block in self._blocks) == len(self._index), "index has stale entries")
+            is_cached, is_numbered = block.token_ids is not None, self._content_ids[block.block_id] != ROOT
+            is_found = self._index.get(self._hashes[block.block_id]) is block
+            _require(is_found == is_cached == is_numbered, f"{block}, its content id and the index disagree")
+        _require(sum(block.token_ids is not None for block in self._blocks) == len(self._index), "index has stale entries")
+        _require(sorted(self._free, key=self._freed.__getitem__) == list(self._free), "the free list's numbers do not ascend")
 
 
 def _require(condition: bool, message: str) -> None:

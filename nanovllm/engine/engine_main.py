@@ -91,6 +91,7 @@ def run(builder: str, config: EngineConfig, socket: zmq.Socket, folder: Path, op
         sys.exit(1)
     gc.collect()
     gc.freeze()  # the model's objects live as long as the process: no collection need look at them
+    gc.set_threshold(700, 10, 1000)  # a full one looks at every token of every sequence, between two steps; hardly any is garbage
     try:
         process.serve()
     except Exception as error:

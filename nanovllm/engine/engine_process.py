@@ -56,7 +56,7 @@ from nanovllm.outputs import GenerationOutput
 from nanovllm.structured.base import Grammar
 from nanovllm.tokenizer import Tokenizer
 
-MAX_MESSAGES_PER_TURN = 256  # so that a flood of requests delays the running ones by milliseconds only
+MAX_RECEIVE_SECONDS = 0.005  # between two steps: what a flood of requests may delay the running ones, and keep the device idle
 SIGN_OF_LIFE_SECONDS = 1.0  # between two messages to a front end, at most
 RETRY_SECONDS = 0.02  # after a front end's queue was full
 MAX_STALL_SECONDS = 60.0  # without taking a message; then the front end's requests are aborted
@@ -262,7 +262,8 @@ class EngineProcess:
         """Take what has arrived; without work to do, sleep until something does."""
         if not self._engine.has_work:
             self._socket.poll(int(self._patience() * 1000))
-        for _ in range(MAX_MESSAGES_PER_TURN):
+        end_time = time.monotonic() + MAX_RECEIVE_SECONDS
+        while time.monotonic() < end_time:
             try:
                 identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:

@@ -173,6 +173,7 @@ class LLMEngine:
         result = self.executor.collect()
         started = time.perf_counter_ns() if self.events.listeners else 0
         grown = self.scheduler.apply(result)
+        self.executor.begin_draw()
         requests: dict[str, Request] = {}
         for sequence in grown:
             request = requests[sequence.request_id] = self._requests[sequence.request_id]

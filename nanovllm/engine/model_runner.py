@@ -19,7 +19,7 @@ from nanovllm.kernels.draw_token import draw_tokens
 from nanovllm.kernels.gather_inputs import gather_inputs
 from nanovllm.kernels.upload import upload
 from nanovllm.models.decoder import Decoder
-from nanovllm.runner.cuda_graphs import CudaGraphs, StepTensors
+from nanovllm.runner.cuda_graphs import Bucket, CudaGraphs, StepTensors
 from nanovllm.runner.inputs import StepInputs, build_inputs
 from nanovllm.runner.pending import PendingStep, begin_timing
 from nanovllm.runner.pooling import PromptPooling
@@ -54,15 +54,20 @@ class ModelRunner:
         self._pooling = PromptPooling()
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> PendingStep:
-        """Execute one step. Steps must come in order; each sees the tokens that the one before drew."""
+    def run(self, batch: ScheduledBatch, before: PendingStep | None = None) -> PendingStep:
+        """Execute one step, in order. The draw of the step `before`, if it is held, starts when this one's inputs are written."""
+        filled = None if batch.seats else self._fill(batch)
+        if before is not None:
+            before.draw()
         started = begin_timing(self.state.token_ids.is_cuda)
         self._update_state(batch)
+        filled = self._fill(batch) if batch.seats else filled
         asks_prompt = bool(self._prompt_logprobs) and not self._prompt_logprobs.keys().isdisjoint(batch.rows)
         pools = self._pooling.is_asked(batch.rows)
         needs_all = asks_prompt or pools  # the final states of every token of the step
-        pending = None if self.graphs is None or needs_all else self._replay(batch)
-        if pending is None:
+        if filled is not None and not needs_all:
+            pending = self._replay(batch, *filled)
+        else:
             inputs = build_inputs(batch, self.state, self.block_size)
             context = self._context(inputs)
             if len(batch.sampled_chunks) < batch.num_tokens and not needs_all:
@@ -136,38 +141,32 @@ class ModelRunner:
             context.needed_tokens, context.needed_plan = step.sample_tokens, step.needed_plan
         hidden = self.model(input_ids, context)
         logits = self.model.compute_logits(hidden)
-        draw_tokens(
-            logits,
-            step.inverse_temperature,
-            step.keys,
-            step.sample_rows,
-            step.sample_positions,
-            self.state.token_ids,
-            token_ids,
-        )
+        places = step.sample_rows, step.sample_positions, self.state.token_ids
+        draw_tokens(logits, step.inverse_temperature, step.keys, *places, token_ids)
         return logits
 
     def prepare_graphs(self, backend: TritonAttention, max_num_seqs: int, max_tokens: int) -> CudaGraphs:
         """The graphs of this runner's steps, not captured yet."""
+        vocab_size = self.model.spec.vocab_size
         return CudaGraphs(
-            self.forward_step,
-            backend,
-            self.state,
-            max_num_seqs=max_num_seqs,
-            max_tokens=max_tokens,
-            vocab_size=self.model.spec.vocab_size,
+            self.forward_step, backend, self.state, max_num_seqs=max_num_seqs, max_tokens=max_tokens, vocab_size=vocab_size
         )
 
-    def _replay(self, batch: ScheduledBatch) -> PendingStep | None:
-        rows, positions = _sampled_places(batch)
-        inverse_temperature, keys, is_plain = self.sampler.plain_operands(rows, positions)
-        replayed = self.graphs.replay(batch, inverse_temperature, keys)  # type: ignore[union-attr]
-        if replayed is None:
+    def _fill(self, batch: ScheduledBatch) -> tuple[Bucket, bool] | None:
+        """Write the inputs of the graph that fits, if one does, on the host. And whether that graph can draw for all rows."""
+        if self.graphs is None:
             return None
+        inverse_temperature, keys, is_plain = self.sampler.plain_operands(*_sampled_places(batch))
+        bucket = self.graphs.fill(batch, inverse_temperature, keys)
+        return bucket and (bucket, is_plain)
+
+    def _replay(self, batch: ScheduledBatch, bucket: Bucket, is_plain: bool) -> PendingStep:
+        replayed = self.graphs.replay(bucket, len(batch.sampled_chunks))  # type: ignore[union-attr]
         if not is_plain:
             return self._draw(batch, replayed.logits)
-        pending = PendingStep(batch.step, held=lambda: replayed.draw_under(batch.matchers))
-        return pending if batch.matchers else pending.send(replayed.token_ids)
+        if batch.matchers:
+            return PendingStep(batch.step, replayed.draw_again, lambda: replayed.allowed.begin(batch.matchers))
+        return PendingStep(batch.step).send(replayed.token_ids)
 
     def _score_prompts(self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor) -> dict[int, list[BatchLogprobs]]:
         """Log-probabilities of the prompt tokens that follow each computed position, for the rows that asked."""

@@ -1,4 +1,4 @@
-"""Executor: how the engine reaches the ranks that compute. In-process, by pipes, simulated: two methods either way."""
+"""Executor: how the engine reaches the ranks that compute. In-process, by pipes, simulated: three methods either way."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ class Executor(Protocol):
         A step with matchers draws its tokens when the next one is dispatched or its own result is collected: by then the
         caller has collected all results before it, and shown them to the matchers. The forward pass runs meanwhile.
         """
+        ...
+
+    def begin_draw(self) -> None:
+        """What was collected has been shown to the matchers: the oldest step that was not may begin its masks."""
         ...
 
     def collect(self) -> StepResult:

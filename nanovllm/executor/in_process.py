@@ -16,12 +16,15 @@ class InProcessExecutor:
     def dispatch(self, batch: ScheduledBatch) -> None:
         if self.runner is None:
             raise RuntimeError("the executor was closed")
-        if self._in_flight:
-            self._in_flight[-1].draw()
-        self._in_flight.append(self.runner.run(batch))
+        before = self._in_flight[-1] if self._in_flight else None
+        self._in_flight.append(self.runner.run(batch, before))
 
     def collect(self) -> StepResult:
         return self._in_flight.popleft().result()
+
+    def begin_draw(self) -> None:
+        if self._in_flight:
+            self._in_flight[0].begin_draw()
 
     def close(self) -> None:
         """Let go of the model and its caches."""

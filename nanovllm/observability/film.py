@@ -46,7 +46,7 @@ def snapshot(scheduler: Scheduler) -> dict[str, Any]:
     blocks, queue = scheduler.block_manager, list(_waiting(scheduler))
     return {
         "limits": dataclasses.asdict(scheduler.limits),
-        "blocks": "".join([CODES[2 * one.ref_count + (one.block_hash is not None)] for one in blocks._blocks[:MAX_BLOCKS]]),
+        "blocks": "".join([CODES[2 * one.ref_count + (one.token_ids is not None)] for one in blocks._blocks[:MAX_BLOCKS]]),
         "free": blocks.num_free_blocks,
         "evictions": blocks.stats.num_evictions,
         "queried": blocks.stats.num_queried_tokens,
@@ -85,8 +85,13 @@ def news(recorder: FlightRecorder, scheduler: Scheduler, after: int | None) -> d
     """One frame, and a `cursor` to ask for the next one with. It begins anew (`is_first`) without `after`, or after a gap."""
     cursor, entries = recorder.since(-1 if after is None else after)
     is_first = entries is None or len(entries) > MAX_ENTRIES
-    shown = prelude(scheduler) if is_first else [_without_hashes(entry) for entry in entries or ()]
+    shown = prelude(scheduler) if is_first else [_shown(entry) for entry in entries or ()]
     return {"cursor": cursor, "is_first": is_first, "time": scheduler._clock(), "entries": shown, "state": snapshot(scheduler)}
+
+
+def _shown(entry: Any) -> Any:
+    """For an answer: what is encoded already goes as it is."""
+    return msgspec.Raw(entry) if isinstance(entry, bytes) else _without_hashes(entry)
 
 
 def _without_hashes(entry: Any) -> Any:
@@ -148,7 +153,7 @@ class Camera(Replay):
     def _changes(self) -> dict[str, Any]:
         """A snapshot, but after the first one only what is new of blocks and block tables; and which content was lost."""
         state = snapshot(self.scheduler)
-        codes, contents = state["blocks"], [block.content_id for block in self.scheduler.block_manager._blocks]
+        codes, contents = state["blocks"], self.scheduler.block_manager._content_ids.tolist()
         state["evicted"] = [place for place in _differences(self._contents, contents) if self._contents[place]]
         if self._codes is not None:
             del state["blocks"]

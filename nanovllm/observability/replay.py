@@ -18,7 +18,7 @@ import msgspec
 
 from nanovllm.config import SchedulerLimits
 from nanovllm.engine.batch import RowSampling, ScheduledBatch, StepResult
-from nanovllm.engine.block_manager import Block, BlockManager
+from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.events import Event, Events, SequenceAdmitted, SequencePreempted
 from nanovllm.engine.policy import make_policy
 from nanovllm.engine.scheduler import Scheduler, _Plan
@@ -234,20 +234,21 @@ class Replay:
                 manager._blocks[block_id].ref_count += 1
         manager._free.clear()
         manager._free.update(dict.fromkeys(keyframe["free_blocks"]))
+        for place, block_id in enumerate(keyframe["free_blocks"], -manager.num_blocks):
+            manager._freed[block_id] = place
         manager._num_contents = keyframe["num_contents"]
         for block_id, number, content_id, parent_id in keyframe["cached"]:
-            block: Block = manager._blocks[block_id]
+            block = manager._index[number] = manager._blocks[block_id]
             tokens = Sequence(0, "", 0, 0, 0, _NO_SAMPLING, frozenset(), token_ids=[0] * (size - 1) + [number])
-            block.block_hash, block.token_ids = number, manager._tokens_of(tokens, 0)
-            block.content_id, block.parent_id = content_id, parent_id
-            manager._index[number] = block
+            block.token_ids, manager._hashes[block_id] = manager._tokens_of(tokens, 0), number
+            manager._content_ids[block_id], manager._parent_ids[block_id] = content_id, parent_id
 
 
 class _Identity:
     """In place of a hash: the number that the last token is. A block without one is like no other."""
 
     def __init__(self) -> None:
-        self._others = itertools.count(-1, -1)
+        self._others = itertools.count(1 << 63)
 
     def __call__(self, previous: int, token_bytes: bytes) -> int:
         number = int.from_bytes(token_bytes[-4:], "little")

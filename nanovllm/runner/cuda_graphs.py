@@ -28,7 +28,7 @@ from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.kernels.draw_token import draw_tokens
 from nanovllm.log import degraded, logger
 from nanovllm.runner.state import RowState
-from nanovllm.sampling.penalties import write_masks
+from nanovllm.sampling.penalties import begin_masks_of
 from nanovllm.sampling.sampler import SampledTokens
 from nanovllm.structured.base import Matchers, num_mask_words
 
@@ -101,11 +101,14 @@ class Staging:
         self._copied = [torch.cuda.Event() for _ in range(num_places)]
         self._next = 0
 
-    def send(self, fill: Callable[[np.ndarray], None], target: Tensor) -> None:
-        """`fill` a place as long as `target`, and start its copy."""
+    def place(self, num_words: int) -> np.ndarray:
+        """Where to write what is sent next: [num_words] int32."""
+        self._copied[self._next].synchronize()
+        return self._arrays[self._next][:num_words]
+
+    def send(self, target: Tensor) -> None:
+        """Start the copy of what was written to `place`."""
         place, self._next = self._next, (self._next + 1) % len(self._buffers)
-        self._copied[place].synchronize()
-        fill(self._arrays[place][: len(target)])
         target.copy_(self._buffers[place][: len(target)], non_blocking=True)
         self._copied[place].record()
 
@@ -134,9 +137,15 @@ class MaskBuffer:
         self.lines = self._buffer[:max_num_samples]  # [max_num_samples] of each sample, -1 without a mask
         self.masks = self._buffer[self._first_mask :].view(max_num_samples, -1)  # [max_num_samples, num_mask_words]
 
-    def send(self, matchers: Matchers) -> None:
-        target = self._buffer[: self._first_mask + len(matchers) * self._num_mask_words]
-        self._staging.send(lambda words: write_masks(matchers, words, self._first_mask), target)
+    def begin(self, matchers: Matchers) -> None:
+        """Begin to write the masks, while the host goes on."""
+        self._num_words = self._first_mask + len(matchers) * self._num_mask_words
+        self._finish = begin_masks_of(matchers, self._staging.place(self._num_words), self._first_mask)
+
+    def send(self) -> None:
+        """Wait for the masks, and start their copy."""
+        self._finish()
+        self._staging.send(self._buffer[: self._num_words])
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +160,9 @@ class Replayed:
     draw: torch.cuda.CUDAGraph | None = None  # of `draw_allowed`
 
     @torch.inference_mode()
-    def draw_under(self, matchers: Matchers) -> SampledTokens:
-        """Draw again, over the tokens that the graph has drawn: now the grammars know what may come."""
-        self.allowed.send(matchers)
+    def draw_again(self) -> SampledTokens:
+        """Over the tokens that the graph has drawn: under the masks that `allowed` has begun to write."""
+        self.allowed.send()
         if self.draw is None:
             self.draw_allowed()
         else:
@@ -225,7 +234,8 @@ class CudaGraphs:
     def warm_up(self) -> None:
         """Run steps that need every variant of the kernels: they differ by the number of tokens."""
         for bucket in [*self.decode_buckets[:4], *self.mixed_buckets]:
-            self.run_padding(bucket).draw_under({0: AnyToken()})
+            self._allowed.begin({0: AnyToken()})
+            self.run_padding(bucket).draw_again()
         torch.cuda.synchronize(self.device)
 
     def run_padding(self, bucket: Bucket) -> Replayed:
@@ -284,8 +294,8 @@ class CudaGraphs:
 
     # --- replay
 
-    def replay(self, batch: ScheduledBatch, inverse_temperature: np.ndarray, keys: np.ndarray) -> Replayed | None:
-        """None when no captured bucket fits.
+    def fill(self, batch: ScheduledBatch, inverse_temperature: np.ndarray, keys: np.ndarray) -> Bucket | None:
+        """Write the inputs of a step on the host. Returns the bucket to replay; None when no captured one fits.
 
         inverse_temperature: [num_samples] float32; keys: [num_samples] int32.
         """
@@ -293,20 +303,23 @@ class CudaGraphs:
         if bucket is None:
             return None
 
-        def fill(words: np.ndarray) -> None:
-            words[:] = self._empty(bucket)
-            parts = bucket.split(words)
-            if bucket.is_decode:
-                self._fill_decodes(parts, batch)
-            else:
-                self._fill(parts, batch)
-            parts["inverse_temperature"][: len(keys)] = inverse_temperature.view(np.int32)
-            parts["keys"][: len(keys)] = keys
+        words = self._staging.place(bucket.num_words)
+        words[:] = self._empty(bucket)
+        parts = bucket.split(words)
+        if bucket.is_decode:
+            self._fill_decodes(parts, batch)
+        else:
+            self._fill(parts, batch)
+        parts["inverse_temperature"][: len(keys)] = inverse_temperature.view(np.int32)
+        parts["keys"][: len(keys)] = keys
+        return bucket
 
-        self._staging.send(fill, self._buffers[bucket])
+    def replay(self, bucket: Bucket, num_samples: int) -> Replayed:
+        """Run the step that was filled last."""
+        self._staging.send(self._buffers[bucket])
         graph, replayed = self._graphs[bucket]
         graph.replay()
-        return replace(replayed, logits=replayed.logits[: len(keys)], token_ids=replayed.token_ids[: len(keys)])
+        return replace(replayed, logits=replayed.logits[:num_samples], token_ids=replayed.token_ids[:num_samples])
 
     def _find(self, batch: ScheduledBatch) -> Bucket | None:
         num_tokens, num_chunks = sum(batch.lengths), len(batch.lengths)

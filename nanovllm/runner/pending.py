@@ -22,6 +22,7 @@ NOTHING = torch.empty(0, dtype=torch.int64)
 class PendingStep:
     step: int
     held: Callable[[], SampledTokens] | None = None  # the draw, which waits for what its grammars must read first
+    begin_masks: Callable[[], None] | None = None  # what of the draw can go on beside the host, if anything
     token_ids: Tensor = NOTHING  # [num_samples] int64, on the host or on its way there
     logprobs: BatchLogprobs | None = None
     prompt_logprobs: dict[int, list[BatchLogprobs]] = field(default_factory=dict)
@@ -36,9 +37,16 @@ class PendingStep:
         else:
             self.spans.append((started, record_event()))
 
+    def begin_draw(self) -> None:
+        """Every token before this step has been shown to its matchers."""
+        if self.begin_masks is not None:
+            begin, self.begin_masks = self.begin_masks, None
+            begin()
+
     def draw(self) -> None:
         """Start the draw, if it is still to come. Every token before this step must have been shown to its matchers."""
         if self.held is not None:
+            self.begin_draw()
             started = time.perf_counter_ns()
             self.send(*self.held())
             if self.spans:  # a GPU's time is that of the forward pass: it may stand still until the masks are there

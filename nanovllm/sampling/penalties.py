@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanovllm.engine.batch import RowSampling
 from nanovllm.kernels.upload import upload
-from nanovllm.structured.base import Matchers, fill_masks, num_mask_words
+from nanovllm.structured.base import Matchers, begin_masks, num_mask_words
 
 # Not -inf: masks that contradict each other (say min_tokens, and allowed_token_ids that are all stop tokens) leave the
 # allowed tokens equal to each other, and still above the rest. Any finite logit vanishes beside it in float32.
@@ -248,17 +248,20 @@ def upload_masks(matchers: Matchers, num_samples: int, vocab_size: int, device: 
     """
     num_words = num_samples + len(matchers) * num_mask_words(vocab_size)
     on_host = torch.empty(num_words, dtype=torch.int32, pin_memory=device.type == "cuda")
-    write_masks(matchers, on_host.numpy(), num_samples)
+    begin_masks_of(matchers, on_host.numpy(), num_samples)()
     on_device = on_host.to(device, non_blocking=True)
     return on_device[num_samples:].view(len(matchers), -1), on_device[:num_samples]
 
 
-def write_masks(matchers: Matchers, words: np.ndarray, first_mask: int) -> None:
-    """Lines of samples, then from `first_mask` on the masks: [first_mask + m * num_mask_words] int32."""
+def begin_masks_of(matchers: Matchers, words: np.ndarray, first_mask: int) -> Callable[[], None]:
+    """Lines of samples, then from `first_mask` on the masks: [first_mask + m * num_mask_words] int32.
+
+    All is there when the function that is returned has been called.
+    """
     lines, masks = words[:first_mask], words[first_mask:].reshape(len(matchers), -1)
     lines.fill(-1)
     lines[list(matchers)] = np.arange(len(matchers))
-    fill_masks(list(matchers.values()), masks)
+    return begin_masks(list(matchers.values()), masks)
 
 
 def _forbid_where(condition: Tensor, scores: Tensor, samples: Tensor, tokens: Tensor) -> None:

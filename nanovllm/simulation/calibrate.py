@@ -7,7 +7,7 @@
                          engine's thread does with a new request; what bursts wait for
 
 By hand, not here: `idle_s` from one first token offline; the front end's latencies from one first token of a server; the rate of
-long products and when it sets in; messages, keyframe and eager launches (docs/simulator.md has the sources). All else of
+long products and when it sets in; messages and eager launches (docs/simulator.md has the sources). All else of
 whole runs is a prediction. Read next: `validate.py`.
 """
 

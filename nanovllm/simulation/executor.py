@@ -81,5 +81,8 @@ class SimulatedExecutor:
         self.clock.now = max(self.clock.now, ends_at)
         return result
 
+    def begin_draw(self) -> None:
+        """Nothing is drawn."""
+
     def close(self) -> None:
         self._in_flight.clear()

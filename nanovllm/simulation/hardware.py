@@ -45,7 +45,6 @@ class Calibration:
     host_request_s: float  # host: message and door of a new request, before a step
     host_token_s: float  # the same, for each token of its prompt
     host_admit_token_s: float  # host: hashes and blocks of a prompt, in its step, for each token
-    keyframe_block_s: float  # host of a server: for each block with a cached content, once in so many steps (the flight recorder)
     eager_launch_s: float  # host: one kernel without a graph; an assumption, not measured
     frontend_latency_in_s: float  # of a request's way in, that keeps no event loop busy: sockets, threads that wake up
     frontend_latency_out_s: float  # the same, of a token's way out
@@ -106,7 +105,6 @@ H200_CALIBRATION = Calibration(
     host_request_s=28.13e-6,
     host_token_s=104.3e-9,
     host_admit_token_s=96.46e-9,
-    keyframe_block_s=0.53e-6,
     eager_launch_s=6e-6,
     frontend_latency_in_s=1.30e-3,
     frontend_latency_out_s=1.30e-3,
@@ -153,7 +151,6 @@ CPU_CALIBRATION = Calibration(
     host_request_s=28.13e-6,
     host_token_s=104.3e-9,
     host_admit_token_s=96.46e-9,
-    keyframe_block_s=0.53e-6,
     eager_launch_s=0.0,
     frontend_latency_in_s=0.6e-3,
     frontend_latency_out_s=0.6e-3,

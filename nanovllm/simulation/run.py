@@ -32,8 +32,7 @@ from nanovllm.simulation.front_end import FrontEnd, Told
 from nanovllm.simulation.hardware import Hardware
 from nanovllm.workloads import Request
 
-KEYFRAME_STEPS = 1024  # of `nanovllm serve`: steps between two keyframes of its flight recorder
-MAX_MESSAGES_PER_TURN = 256  # `engine/engine_process.py`'s: requests taken in between two steps
+MAX_RECEIVE_SECONDS = 0.005  # `engine/engine_process.py`'s: for requests between two steps
 ANY_TOKEN = 1 << 31  # the engine's vocabulary: a workload need not know the model's
 
 
@@ -175,7 +174,6 @@ class _Simulation:
                 self._arrive(one.arrival_s, index)
         self._on_finish = on_finish
         self._params: dict[int, SamplingParams] = {}
-        self._num_collected = 0
 
     def run(self, on_step: Callable[[LLMEngine], None] | None) -> Run:
         engine, clock, front_end = self.engine, self.clock, self._front_end
@@ -194,7 +192,8 @@ class _Simulation:
 
     def _take_in(self) -> None:
         """Requests that have come, those too that come while others are taken in."""
-        for _ in range(MAX_MESSAGES_PER_TURN):
+        end_time = self.clock.now + MAX_RECEIVE_SECONDS
+        while self.clock.now < end_time:
             self._front_end.advance(self.clock.now)
             index = self._front_end.take(self.clock.now)
             if index is None:
@@ -229,10 +228,6 @@ class _Simulation:
         if not outputs:
             return
         now, told = self.clock.now, []
-        self._num_collected += 1
-        if self.has_server and self._num_collected % KEYFRAME_STEPS == 0:
-            num_cached = len(self.engine.scheduler.block_manager._index)
-            self.clock.now += num_cached * self.calibration.keyframe_block_s
         for place, output in enumerate(outputs):
             is_first = output.metrics.first_token_time == now
             if is_first or output.finished:

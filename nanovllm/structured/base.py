@@ -10,7 +10,7 @@ Knows no tensors, no requests and no scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from nanovllm.sampling_params import StructuredOutput
@@ -44,29 +44,40 @@ class Matcher(Protocol):
 Matchers = Mapping[int, Matcher]  # by the sample that has to follow them
 
 
-def fill_masks(matchers: Sequence[Matcher], masks: np.ndarray) -> None:
-    """Write what matcher i allows to line i of `masks`, [number of matchers, num_mask_words] int32.
+def begin_masks(matchers: Sequence[Matcher], masks: np.ndarray) -> Callable[[], None]:
+    """Begin to write what matcher i allows to line i of `masks`, [number of matchers, num_mask_words] int32.
 
-    A matcher may name another one that has taken its place (`current`). A grammar engine that has something better than
-    one after the other brings it as `fill_together` of its matchers.
+    The masks are there when the function that is returned has been called; nobody may touch a matcher until then. A matcher
+    may name another one that has taken its place (`current`). A grammar engine that has something better than one after the
+    other brings it as `begin_together` of its matchers.
     """
     kinds = set(map(type, matchers))
     if any(hasattr(kind, "current") for kind in kinds):
         matchers = [getattr(matcher, "current", matcher) for matcher in matchers]
         kinds = set(map(type, matchers))
+    begun = []
     for kind in kinds:
-        fill_together = getattr(kind, "fill_together", None)
-        if fill_together is not None and len(kinds) == 1:
-            fill_together(matchers, masks)
-            return
+        begin_together = getattr(kind, "begin_together", None)
+        if begin_together is not None and len(kinds) == 1:
+            return begin_together(matchers, masks)
         lines = [line for line, matcher in enumerate(matchers) if type(matcher) is kind]
-        if fill_together is not None:
+        if begin_together is not None:
             own = masks[lines]
-            fill_together([matchers[line] for line in lines], own)
-            masks[lines] = own
+            begun.append((begin_together([matchers[line] for line in lines], own), lines, own))
         else:
             for line in lines:
                 matchers[line].fill_mask(masks[line])
+
+    def finish() -> None:
+        for finish_kind, lines, own in begun:
+            finish_kind()
+            masks[lines] = own
+
+    return finish
+
+
+def fill_masks(matchers: Sequence[Matcher], masks: np.ndarray) -> None:
+    begin_masks(matchers, masks)()
 
 
 class Grammar(Protocol):

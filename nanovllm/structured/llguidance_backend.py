@@ -12,9 +12,9 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -26,6 +26,7 @@ from nanovllm.structured.after_mark import AfterMark, MarkMasks
 from nanovllm.structured.base import BITS, Matcher, num_mask_words
 from nanovllm.structured.limits import check_limits
 from nanovllm.structured.mask_budget import MaskBudget
+from nanovllm.structured.mask_threads import mask_threads
 from nanovllm.tokenizer import Tokenizer
 
 MAX_LEXER_STATES = 50_000  # of one sequence, 1 to 2 kB each
@@ -40,13 +41,6 @@ JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 MIN_TOGETHER = 4  # masks; below, waking threads costs more than it saves
 MASKS_PER_SAMPLE = 16
 FEW_WORDS = 64  # of a mask: single bytes are among the first tokens
-
-
-@cache
-def _executor(num_threads: int) -> Any:
-    import llguidance
-
-    return llguidance.LLExecutor(num_threads)
 
 
 class LLGuidanceMatcher:
@@ -86,49 +80,47 @@ class LLGuidanceMatcher:
         self._finish_mask(mask)
 
     @staticmethod
-    def fill_together(matchers: Sequence[LLGuidanceMatcher], masks: np.ndarray) -> None:
-        """`fill_mask` of each, in threads of the library, which do not take turns for Python's lock as ours would.
+    def begin_together(matchers: Sequence[LLGuidanceMatcher], masks: np.ndarray) -> Callable[[], None]:
+        """Begin `fill_mask` of each, in threads of the library, which do not take turns for Python's lock as ours would.
 
         What one of them takes is then not known. Once all have taken longer than one may, a few are filled alone for some
-        steps, drawn by lot each time, and pay for all.
+        steps, drawn by lot each time, and pay for all. The masks are there when the function that is returned has been called.
         """
         num_matchers, budget = len(matchers), matchers[0]._budget
         if num_matchers < MIN_TOGETHER or budget.num_threads == 1:
             for matcher, mask in zip(matchers, masks):
                 matcher.fill_mask(mask)
-            return
+            return lambda: None
         num_alone = -(-num_matchers // MASKS_PER_SAMPLE)
         alone = budget.draw_lots(num_matchers, num_alone)
+        rest = [i for i in range(num_matchers) if i not in alone]
+        running = [i for i in rest if not matchers[i]._is_over]
+        running.sort(key=lambda i: matchers[i].strand)  # neighbours in the list go to one thread
+        wait = mask_threads(budget.num_threads).begin([(matchers[i]._inner, i) for i in running], masks, budget.clock)
+        over = set(rest).difference(running)
+        started = time.thread_time()
         for i in alone:
             matchers[i].fill_mask(masks[i], num_matchers / num_alone)
-        rest = [(i, matcher) for i, matcher in enumerate(matchers) if i not in alone]
-        running = [(matcher.strand, i, matcher._inner) for i, matcher in rest if not matcher._is_over]
-        running.sort()  # neighbours in the list go to one thread
-        try:
-            if running:
-                together = [(inner, i) for _, i, inner in running]
-                started = budget.clock()
-                _executor(budget.num_threads).unsafe_compute_mask_ptr(together, masks.ctypes.data, masks.strides[0], num_matchers)
-                budget.note_together(len(together), budget.clock() - started)
-        except BaseException as error:  # find out which
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            for i, matcher in rest:
-                matcher.fill_mask(masks[i])
-            return
-        has_any = np.any(masks[:, :FEW_WORDS], axis=1).tolist()
-        for i, matcher in rest:
-            if matcher._needs_finishing or not has_any[i]:
-                matcher._finish_mask(masks[i])
+        seconds_alone = time.thread_time() - started
+
+        def finish() -> None:
+            try:
+                budget.note_together(len(running), max(wait(), seconds_alone))
+            except BaseException as error:  # find out which
+                if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    raise
+                for i in rest:
+                    matchers[i].fill_mask(masks[i])
+            else:
+                for i in over.union(_unfinished(matchers, masks)).difference(alone):
+                    matchers[i]._finish_mask(masks[i])
+
+        return finish
 
     @property
     def _is_over(self) -> bool:
         """A step in flight may still draw for it; nobody reads that token."""
         return self._is_complete or self.error is not None
-
-    @property
-    def _needs_finishing(self) -> bool:
-        return self._is_over or not self._can_end_early or self._inner.is_error()
 
     def _finish_mask(self, mask: np.ndarray) -> None:
         if not self._is_over:
@@ -145,13 +137,14 @@ class LLGuidanceMatcher:
     def accept(self, token_id: int) -> str | None:
         if self.error is not None:
             return "error"
-        if token_id in self._end_token_ids and self._inner.is_accepting():
+        inner = self._inner
+        if token_id in self._end_token_ids and inner.is_accepting():
             self._is_complete = True
-        elif not self._inner.consume_token(token_id):
-            self._fail(_first_part(self._inner.get_error()))
-            return "error"
+        elif inner.consume_token(token_id):
+            self._is_complete = inner.is_stopped()
         else:
-            self._is_complete = self._inner.is_stopped()
+            self._fail(_first_part(inner.get_error()))
+            return "error"
         return "stop" if self._is_complete else None
 
     def _fail(self, message: str) -> None:
@@ -169,6 +162,15 @@ class LLGuidanceMatcher:
         if present and not mask.any():
             for word, bit in present:
                 mask[word] |= bit
+
+
+def _unfinished(matchers: Sequence[LLGuidanceMatcher], masks: np.ndarray) -> list[int]:
+    """Lines that `_finish_mask` may change: where nothing is allowed, or an end that should not be."""
+    is_odd = np.logical_not(masks[:, :FEW_WORDS].any(axis=1))
+    if not all(matcher._can_end_early for matcher in matchers):
+        for word, bit in matchers[0]._end_bits:  # of the model
+            is_odd |= (masks[:, word] & bit) != 0
+    return np.flatnonzero(is_odd).tolist()
 
 
 class LLGuidanceGrammar:

@@ -65,14 +65,14 @@ class MaskBudget:
     def charge(self, spender: Spender, seconds: float, stands_for: float = 1.0) -> None:
         """`spender` has taken `seconds` for a mask. May call `give_up`, also of another.
 
-        Drawn by lot it `stands_for` so many masks, and pays for those as well, as far as steps have waited for slow ones.
+        Drawn by lot it `stands_for` so many masks, and pays for all of them, as far as steps have waited for slow ones.
         """
         excess = seconds - FREE_SECONDS
         if excess <= 0:
             return
-        for_others = min(self._unpaid, excess * (stands_for - 1))
-        self._unpaid -= for_others
-        excess += for_others
+        if stands_for > 1:
+            excess = min(self._unpaid, excess * stands_for)
+            self._unpaid -= excess
         now = self.clock()
         refilled = self._seconds_left + SHARE_OF_TIME * (now - self._time)
         self._seconds_left, self._time = min(SECONDS_AT_ONCE, refilled) - excess, now

@@ -919,8 +919,8 @@ asyncio.run(main())
         assert asyncio.run(ticks()) <= 3  # hundredths of a second
 
     def test_more_than_one_turn_of_messages_arrives(self):
-        """More requests than the engine takes between two steps."""
-        num_requests = engine_process.MAX_MESSAGES_PER_TURN + 100
+        """More requests than the engine takes between two steps: it takes 50 us or more for each."""
+        num_requests = round(2 * engine_process.MAX_RECEIVE_SECONDS / 50e-6)
 
         async def many() -> None:
             async with started("served:fake", max_num_seqs=64) as engine:

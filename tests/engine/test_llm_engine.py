@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
@@ -325,3 +326,24 @@ class TestImports:
 
 def test_the_fake_model_depends_on_the_whole_prefix():
     assert len({next_token([a, 1, 2]) for a in range(50)}) > 20
+
+
+def test_requests_leave_no_work_for_the_garbage_collector():
+    """So a server's engine has it look at everything a hundred times less often than usual (`engine_main.py`)."""
+    engine = make_engine(num_blocks=256)
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(40):
+            engine.add_request([number] * 9, greedy(6, n=1 + number % 3), request_id=str(number))
+            with pytest.raises(RequestError):
+                engine.add_request([-1], greedy())
+            engine.step()
+            if number % 5 == 0:
+                engine.abort(str(number))
+        while engine.has_work:
+            engine.step()
+        num_leftovers = gc.collect()
+        assert num_leftovers < 40  # less than one for each request
+    finally:
+        gc.enable()

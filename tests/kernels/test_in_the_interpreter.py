@@ -70,11 +70,13 @@ class EveryThird:
 
 class Staging:
     def __init__(self, num_words: int) -> None:
-        pass
+        self.words = np.zeros(num_words, np.int32)
 
-    def send(self, fill: Callable[[np.ndarray], None], target: torch.Tensor) -> None:
-        fill(words := np.zeros(len(target), np.int32))
-        target.copy_(torch.from_numpy(words))
+    def place(self, num_words: int) -> np.ndarray:
+        return self.words[:num_words]
+
+    def send(self, target: torch.Tensor) -> None:
+        target.copy_(torch.from_numpy(self.words[: len(target)]))
 
 
 class Graph:
@@ -98,7 +100,8 @@ def capture(self: CudaGraphs, bucket: Bucket) -> None:
 def warm_up(runner: Any, backend: TritonAttention, config: EngineConfig, plan: Any, platform: Any, spec: Any, dtype: Any, _: Any):
     graphs = runner.prepare_graphs(backend, config.max_num_seqs, config.max_num_batched_tokens)
     runner.kv_caches = make_kv_caches(platform, backend, plan, spec, dtype)
-    graphs.run_padding(graphs.decode_buckets[0]).draw_under({0: AnyToken()})
+    graphs._allowed.begin({0: AnyToken()})
+    graphs.run_padding(graphs.decode_buckets[0]).draw_again()
     if not config.enforce_eager:
         graphs.capture_all()
         runner.graphs = graphs

@@ -16,7 +16,7 @@ from nanovllm.cli import main
 from nanovllm.engine.events import StepDispatched
 from nanovllm.errors import ConfigError
 from nanovllm.observability.film import add_costs, film_of, hardware, news, snapshot
-from nanovllm.observability.flight_recorder import FlightRecorder
+from nanovllm.observability.flight_recorder import FlightRecorder, decode, encode
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.simulation.shapes import find_shape
 
@@ -31,7 +31,7 @@ class Witness:
 
     def on_event(self, event) -> None:
         if isinstance(event, StepDispatched):
-            contents = [block.content_id for block in self.scheduler.block_manager._blocks]
+            contents = self.scheduler.block_manager._content_ids.tolist()
             self.states.append((snapshot(self.scheduler), contents))
 
 
@@ -119,7 +119,7 @@ def test_news_come_once_and_begin_with_those_who_are_there():
     cursor, steps = first["cursor"], []
     while engine.has_work:  # many segments of three steps
         engine.step()
-        answer = news(recorder, scheduler, cursor)
+        answer = decode(encode(news(recorder, scheduler, cursor)))
         cursor = answer["cursor"]
         steps += [entry[2] for entry in answer["entries"] if entry[0] == "step"]
     assert steps == list(range(1, scheduler._num_steps))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import random
+import sys
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,7 @@ import pytest
 from support import make_engine, make_scheduler
 
 from nanovllm.errors import ConfigError
-from nanovllm.observability.flight_recorder import FlightRecorder, keyframe_of
+from nanovllm.observability.flight_recorder import DROPPED_PER_STEP, FlightRecorder, Numbering, arrays_of, keyframe_of
 from nanovllm.observability.observer import observe
 from nanovllm.observability.options import ObservabilityOptions
 from nanovllm.observability.replay import Replay, replay_file
@@ -137,17 +138,79 @@ def test_what_is_no_record_is_refused(tmp_path):
         replay_file(str(tmp_path / "none.json"))
 
 
-def test_a_keyframe_of_many_cached_blocks_makes_no_object_for_each():
-    """Or the garbage collector stops the engine, longer than ten steps on a GPU, whenever a segment is full."""
-    scheduler = make_scheduler(num_blocks=5000, block_size=16)
-    for block in scheduler.block_manager._blocks:
-        block.block_hash = block.content_id = block.block_id + 1
+def work_of_a_keyframe(num_blocks):
+    """(opcodes, new objects that the garbage collector looks at), with 40 sequences that hold nearly all blocks."""
+    scheduler = make_scheduler(num_blocks=num_blocks, block_size=4, max_num_seqs=40, budget=4 * num_blocks)
+    engine = make_engine(scheduler)
+    for index in range(40):
+        engine.add_request([index] * (num_blocks // 10 - 8), SamplingParams(max_tokens=9, temperature=0))
+    engine.step()
+    recorder = FlightRecorder(scheduler, 10)
+    assert len(scheduler.running) == 40 and len(scheduler.block_manager._index) > num_blocks / 2
+    for name in ("_blocks", "_free", "_index"):  # C walks over these in one opcode
+        setattr(scheduler.block_manager, name, None)
+    num_opcodes = 0
+
+    def count(frame, event, argument):
+        nonlocal num_opcodes
+        num_opcodes += event == "opcode"
+        frame.f_trace_opcodes = True
+        return count
+
     gc.collect()
     gc.disable()
+    before, trace = gc.get_count()[0], sys.gettrace()
+    sys.settrace(count)
     try:
-        before = gc.get_count()[0]
-        keyframe = keyframe_of(scheduler)
-        assert gc.get_count()[0] - before < 100
+        keyframe = keyframe_of(scheduler, recorder._spare[0], recorder._births)
     finally:
+        sys.settrace(trace)
+        num_objects = gc.get_count()[0] - before
         gc.enable()
-    assert keyframe["cached"][0] == list(range(5000))
+    assert len(keyframe["tables"]) == 40
+    return num_opcodes, num_objects
+
+
+def test_a_keyframe_walks_over_no_blocks_and_makes_no_object_for_a_sequence():
+    """Or the engine stands still whenever a segment is full: for the walk, and for the garbage collector."""
+    (few, num_objects), (many, _) = work_of_a_keyframe(500), work_of_a_keyframe(5000)
+    assert few == many > 40
+    assert num_objects < 40
+
+
+def test_what_is_dropped_is_dropped_in_parts():
+    engine = make_engine(num_blocks=400)
+    recorder = FlightRecorder(engine.scheduler, 50)
+    engine.events.listeners.append(recorder)
+    for _ in range(8):
+        engine.add_request([1, 2, 3], SamplingParams(max_tokens=150, temperature=0))
+    while not recorder._leaving:
+        engine.step()
+    sizes = [len(recorder._leaving)]
+    while recorder._leaving:
+        engine.step()
+        sizes.append(len(recorder._leaving))
+    assert sizes[0] > 100 and sizes == [*range(sizes[0], 0, -DROPPED_PER_STEP), 0]
+
+
+def test_a_keyframe_stays_as_it_was_while_the_engine_goes_on():
+    """Another thread may be writing it. Tables are not copied, and the arrays of a dropped one are used again."""
+    scheduler = make_scheduler(num_blocks=24, block_size=4, max_num_seqs=6, budget=16)
+    engine = make_engine(scheduler)
+    recorder = FlightRecorder(scheduler, 10)
+    engine.events.listeners.append(recorder)
+    rng = random.Random(0)
+    kept = []
+    file_of = lambda keyframe: msgspec.json.encode(Numbering().hide(keyframe))  # noqa: E731
+    for step in range(60):
+        if len(scheduler.waiting) < 4:  # forks, which copy a block before they write into it
+            prompt = [rng.randrange(3) for _ in range(rng.randint(3, 12))]
+            engine.add_request(prompt, SamplingParams(max_tokens=rng.randint(2, 12), temperature=0, n=rng.choice((1, 3))))
+        engine.step()
+        keyframe = keyframe_of(scheduler, [one[:] for one in arrays_of(scheduler)], recorder._births)
+        kept.append((keyframe, file_of(keyframe)))
+        if step == 45:
+            oldest = recorder._segments[0].keyframe
+            kept.append((oldest, file_of(oldest)))
+    assert recorder._segments[0].keyframe is not oldest
+    assert [file_of(keyframe) for keyframe, _ in kept] == [file for _, file in kept]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -217,11 +217,15 @@ def test_masks_of_many_are_those_of_each_alone():
 
     class Together(Spells):
         @staticmethod
-        def fill_together(matchers: Sequence[Together], masks: np.ndarray) -> None:
+        def begin_together(matchers: Sequence[Together], masks: np.ndarray) -> Callable[[], None]:
             assert all(type(matcher) is Together for matcher in matchers) and not masks.any()
             calls.append(len(matchers))
-            for matcher, mask in zip(matchers, masks, strict=True):
-                matcher.fill_mask(mask)
+
+            def finish() -> None:
+                for matcher, mask in zip(matchers, masks, strict=True):
+                    matcher.fill_mask(mask)
+
+            return finish
 
     masks = MarkMasks(WHOLE, [0], CLOSE)
     thinking, over = (AfterMark(Together(WHOLE), masks) for _ in range(2))

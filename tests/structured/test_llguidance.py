@@ -25,6 +25,7 @@ from nanovllm.structured import llguidance_backend, mask_budget
 from nanovllm.structured.base import fill_masks, num_mask_words
 from nanovllm.structured.llguidance_backend import LLGuidanceGrammar, LLGuidanceMatcher
 from nanovllm.structured.mask_budget import FREE_SECONDS, SECONDS_AT_ONCE, SECONDS_PER_ENDED, MaskBudget
+from nanovllm.structured.mask_threads import MaskThreads
 from nanovllm.tokenizer import Tokenizer
 from nanovllm.tokenizer_files import TokenizerParts
 
@@ -281,7 +282,7 @@ def test_who_is_slow_now_and_then_is_watched_until_the_time_is_made_good():
 
 
 class Inner:
-    """A matcher of the library that allows everything, and takes its time by a clock of ours."""
+    """A matcher of the library that allows everything, and takes its time by a clock of ours: while the threads take theirs."""
 
     def __init__(self, clock: Clock, seconds: float) -> None:
         self.clock, self.seconds = clock, seconds
@@ -289,7 +290,6 @@ class Inner:
     def unsafe_compute_mask_ptr(self, address: int, num_bytes: int) -> None:
         ctypes.memset(address, 0xFF, num_bytes)
         self.clock.processor += self.seconds
-        self.clock.wall += self.seconds
 
     def is_error(self) -> bool:
         return False
@@ -304,14 +304,15 @@ def filled_by_threads(monkeypatch, seconds: list[float], num_steps: int, num_thr
             for _, line in matchers:
                 ctypes.memset(address + line * stride, 0xFF, stride)
             seconds = [inner.seconds for inner, _ in matchers]
-            clock.wall += max(*seconds, sum(seconds) / num_threads)
+            clock.wall += max(0.0, *seconds, sum(seconds) / num_threads)
 
-    monkeypatch.setattr(llguidance_backend, "_executor", lambda _: Pool())
+    threads = MaskThreads(Pool())
+    monkeypatch.setattr(llguidance_backend, "mask_threads", lambda _: threads)
     monkeypatch.setattr(llguidance_backend.time, "thread_time", lambda: clock.processor)
     budget = MaskBudget(lambda: clock.wall, num_threads)
     matchers = [LLGuidanceMatcher(Inner(clock, each), [7], True, budget) for each in seconds]
     for _ in range(num_steps):
-        LLGuidanceMatcher.fill_together(matchers, np.zeros((len(matchers), 2), np.int32))
+        fill_masks(matchers, np.zeros((len(matchers), 2), np.int32))
         clock.wall += 0.02
     return matchers
 
@@ -344,13 +345,13 @@ def test_after_a_panic_in_the_threads_everybody_has_a_mask(monkeypatch):
         def unsafe_compute_mask_ptr(self, *_):
             raise BaseException("as a panic")
 
-    monkeypatch.setattr(llguidance_backend, "_executor", lambda _: Panicking())
+    monkeypatch.setattr(llguidance_backend, "mask_threads", lambda _: MaskThreads(Panicking()))
     budget = MaskBudget(num_threads=4)
     matchers = [LLGuidanceMatcher(Inner(Clock(), 0.0), [7], True, budget) for _ in range(8)]
     for matcher in matchers[::2]:
         matcher.give_up()
     masks = np.zeros((8, 2), np.int32)
-    LLGuidanceMatcher.fill_together(matchers, masks)
+    fill_masks(matchers, masks)
     assert masks[::2].tolist() == [[1 << 7, 0]] * 4 and masks[1::2].tolist() == [[-1, -1]] * 4
 
 

@@ -65,11 +65,15 @@ def pick(wish: int, allowed: AbstractSequence[int]) -> int:
 
 
 class MaskedExecutor(FakeExecutor):
-    """Draws the wished token, or the next one that the mask lets through; when the next step comes, or its result is wanted."""
+    """Draws the wished token, or the next one that the mask lets through; when the next step comes, or its result is wanted.
+
+    The masks it has filled before, when it was told that it may.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         super().__init__(num_blocks, block_size)
         self._held: list[tuple[Matcher, list[int], int, int]] = []  # matcher, tokens of the row, place, entry of the result
+        self._masks: list[list[int]] = []  # of the held: the allowed tokens
 
     def dispatch(self, batch: ScheduledBatch) -> None:
         self._draw_held()
@@ -84,13 +88,23 @@ class MaskedExecutor(FakeExecutor):
             self._draw_held()
         return super().collect()
 
-    def _draw_held(self) -> None:
-        for matcher, tokens, place, entry in self._held:
+    def begin_draw(self) -> None:
+        if len(self._pending) == 1 and not self._masks:
+            self._fill_masks()
+
+    def _fill_masks(self) -> None:
+        for matcher, *_ in self._held:
             matcher.fill_mask(mask := np.zeros(num_mask_words(VOCAB_SIZE), np.int32))
-            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+            self._masks.append(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist())
+
+    def _draw_held(self) -> None:
+        if not self._masks:
+            self._fill_masks()
+        for (_, tokens, place, entry), allowed in zip(self._held, self._masks, strict=True):
             tokens[place] = pick(tokens[place], allowed)
             self._pending[-1][1].token_ids[entry][0] = tokens[place]
         self._held.clear()
+        self._masks.clear()
 
 
 def naive_constrained(prompt: list[int], max_tokens: int, rule: int) -> list[int]:
