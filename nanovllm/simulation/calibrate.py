@@ -3,12 +3,11 @@
     records of kernels   bandwidth, matrix rates, latency of each kind of kernel, sampler
     record of steps      the gap between two kernels of a graph
     offline records      host time of a step (their `steps`), by batch size
-    front end costs      what keeps the event loops of server and client busy, by request, token and event; what the
-                         engine's thread does with a new request; what bursts wait for
+    front end costs      what keeps the event loops of server and client busy, by request, token and event, and what they
+                         wait for in bursts; what the engine's thread does with a new request
 
-By hand, not here: `idle_s` from one first token offline; the front end's latencies from one first token of a server; the rate of
-long products and when it sets in; messages and eager launches (docs/simulator.md has the sources). All else of
-whole runs is a prediction. Read next: `validate.py`.
+By hand, not here: `idle_s` from one first token offline; the rate of long products and when it sets in; messages, shares of
+turns and eager launches (docs/simulator.md has the sources). All else of whole runs is a prediction. Read next: `validate.py`.
 """
 
 from __future__ import annotations
@@ -24,17 +23,9 @@ from nanovllm.simulation.shapes import SHAPES
 
 HEAD_DIM, NUM_HEADS, VOCABULARY = 128, 16, 151_936  # of the kernels record
 
-# Of a request's time in the server's event loop, turn by turn, about as seen in a run of 512 at once (benchmarks/LOG.md).
-SHARES = {
-    "frontend_accept_s": 0.08,
-    "frontend_read_s": 0.10,
-    "frontend_handle_s": 0.16,
-    "frontend_resume_s": 0.09,
-    "frontend_hand_over_s": 0.35,
-    "frontend_end_s": 0.22,
-}
+# Of a request's processor time in the server's event loop, by hand, about as seen in a run of 512 at once (benchmarks/LOG.md).
+SHARES = {"frontend_read_s": 0.10, "frontend_resume_s": 0.09, "frontend_end_s": 0.22}
 LARGE_BURST = 128  # requests
-TOKEN_SHARES = {"frontend_handle_token_s": 0.4, "frontend_hand_over_token_s": 0.6}
 
 
 def calibrate(
@@ -68,7 +59,7 @@ def calibrate(
 
 
 def calibrate_front_end(calibration: Calibration, costs: dict[str, Any]) -> Calibration:
-    """With the processor times of the record `front-end-costs`, spread over turns by hand; latencies, which are none, are kept.
+    """With the record `front-end-costs`: processor times of the client and of quick turns, wall times of all else.
 
     Tokenising runs beside the event loop, but Python before and after it holds the interpreter's lock: the part of a
     thread's time that does not grow with the prompt keeps the event loop waiting, and counts as its own.
@@ -79,21 +70,19 @@ def calibrate_front_end(calibration: Calibration, costs: dict[str, Any]) -> Cali
         return loads[load][key]["median"]
 
     num_events = sum(sign * loads[one]["tokens"] * us(one, "events_per_token") for one, sign in (("paced", 1), ("saturated", -1)))
-    event_us, client_event_us = ((us("paced", key) - us("saturated", key)) / num_events for key in ("loop_us", "client_us"))
+    client_event_us = (us("paced", "client_us") - us("saturated", "client_us")) / num_events
     num_short, num_words, num_more = (loads[one]["words"] for one in ("short", "words 512", "words 1024"))
     token_us = (us("words 1024", "loop_us") - us("short", "loop_us")) / (num_more - num_short)
     in_thread_us = (us("words 1024", "threads_us") - us("words 512", "threads_us")) / (num_more - num_words)
     locked_us = us("words 512", "threads_us") - us("short", "threads_us") - num_words * in_thread_us
-    request_s = 1e-6 * (us("short", "loop_us") - num_short * token_us + locked_us - event_us)
-    return replace(
+    request_s = 1e-6 * (us("short", "loop_us") - num_short * token_us + locked_us) - _pace(costs["bursts"], "step", 4)
+    calibration = replace(
         calibration,
         **{field: share * request_s for field, share in SHARES.items()},
-        **{field: share * token_us * 1e-6 for field, share in TOKEN_SHARES.items()},
-        frontend_event_s=1e-6 * event_us,
-        tokenize_token_s=1e-6 * in_thread_us,
         client_request_s=1e-6 * (us("words 512", "client_us") - client_event_us),
         client_event_s=1e-6 * client_event_us,
     )
+    return calibrate_bursts(calibration, costs)
 
 
 def calibrate_bursts(calibration: Calibration, record: dict[str, Any]) -> Calibration:
@@ -103,22 +92,18 @@ def calibrate_bursts(calibration: Calibration, record: dict[str, Any]) -> Calibr
     reads all and runs their handlers, then it hears of their tokens and hands them over. Its quick turns, and reading, keep
     their processor time; the others get what is left. What a request alone takes beyond its turns is latency.
     """
-    rows = [{**row, **row["times"]} for row in record["bursts"]]
+    rows = record["bursts"]
     large = [row for row in rows if row["size"] >= LARGE_BURST]
 
     def span(start: tuple[str, str], end: tuple[str, str], num_words: int) -> float:
         """Seconds of each request between two quantiles of stages, the median over large bursts of one client."""
         found = [row for row in large if row["clients"] == 1 and row["words"] == num_words]
-        return 1e-3 * median((row[end[0]][end[1]] - row[start[0]][start[1]]) / row["size"] for row in found)
-
-    def pace(stage: str, num_clients: int) -> float:
-        """Seconds from one request to the next."""
-        found = [row for row in large if row["clients"] == num_clients]
-        return 1e-3 * median((row[stage]["p90"] - row[stage]["p10"]) / (0.8 * row["size"]) for row in found)
+        ends = [(row["times"][start[0]][start[1]], row["times"][end[0]][end[1]]) for row in found]
+        return 1e-3 * median((after - before) / row["size"] for row, (before, after) in zip(found, ends))
 
     def alone(stage: str, num_words: int) -> float:
         (row,) = (row for row in rows if row["size"] == row["clients"] == 1 and row["words"] == num_words)
-        return 1e-3 * row[stage]["p50"]
+        return 1e-3 * row["times"][stage]["p50"]
 
     def line(seconds: Callable[[int], float]) -> tuple[float, float]:
         """(seconds of any request, and more for each token) through prompts of 512 and 1,024."""
@@ -129,17 +114,17 @@ def calibrate_bursts(calibration: Calibration, record: dict[str, Any]) -> Calibr
     handle_s, handle_token_s = line(lambda words: span(("read", "first"), ("handled", "last"), words))
     hand_over_s, hand_over_token_s = line(lambda words: span(("handled", "last"), ("handed", "last"), words))
     _, tokenize_token_s = line(lambda words: alone("tokenised", words) - alone("tokenising", words))
-    event_s, largest = pace("step", 4), max(large, key=lambda row: (row["clients"], row["size"]))
+    event_s, largest = _pace(rows, "step", 4), max(large, key=lambda row: (row["clients"], row["size"]))
     bursts = replace(
         calibration,
-        frontend_accept_s=pace("accepted", 1),
+        frontend_accept_s=_pace(rows, "accepted", 1),
         frontend_handle_s=max(0.0, handle_s - calibration.frontend_read_s),
         frontend_handle_token_s=handle_token_s,
         frontend_hand_over_s=max(0.0, hand_over_s - calibration.frontend_resume_s),
         frontend_hand_over_token_s=hand_over_token_s,
         frontend_event_s=event_s,
-        frontend_told_s=(1e-3 * largest["step"]["first"] - alone("step", 512)) / largest["size"],
-        frontend_begin_s=max(0.0, pace("first token", 4) - event_s),
+        frontend_told_s=(1e-3 * largest["times"]["step"]["first"] - alone("step", 512)) / largest["size"],
+        frontend_begin_s=max(0.0, _pace(rows, "first token", 4) - event_s),
         tokenize_token_s=tokenize_token_s,
     )
     turns = bursts.client_request_s + handle_s + hand_over_s + 512 * (handle_token_s + tokenize_token_s + hand_over_token_s)
@@ -149,6 +134,13 @@ def calibrate_bursts(calibration: Calibration, record: dict[str, Any]) -> Calibr
         frontend_latency_in_s=max(0.0, alone("taken", 512) - turns),
         frontend_latency_out_s=max(0.0, alone("step", 512) - event),
     )
+
+
+def _pace(bursts: list[dict[str, Any]], stage: str, num_clients: int) -> float:
+    """Seconds from one request to the next, the median over large bursts."""
+    found = [row for row in bursts if row["size"] >= LARGE_BURST and row["clients"] == num_clients]
+    times = [row["times"][stage] for row in found]
+    return 1e-3 * median((one["p90"] - one["p10"]) / (0.8 * row["size"]) for row, one in zip(found, times))
 
 
 def calibrate_requests(calibration: Calibration, engine: dict[str, Any]) -> Calibration:

@@ -37,12 +37,12 @@ def batch(*chunks: tuple[int, int], sampled: int | None = None) -> ScheduledBatc
 
 
 def test_the_profile_is_what_the_records_say():
-    offline, kernels, costs, alone = (
+    offline, kernels, costs = (
         json.loads((RECORDS / f"2026-11-29-{name}.json").read_text())
-        for name in ("gpu-qwen3-0.6b-2", "gpu-kernels", "front-end-costs-g", "front-end-alone")
+        for name in ("gpu-qwen3-0.6b-2", "gpu-kernels", "front-end-costs-h")
     )
     computed = calibrate(PROFILES["h200"], kernels, record("steps-qwen3-0.6b"), [offline])
-    computed = calibrate_requests(calibrate_front_end(computed, costs), alone["engine"])
+    computed = calibrate_requests(calibrate_front_end(computed, costs), costs["engine"])
     for field in fields(H200_CALIBRATION):
         assert getattr(H200_CALIBRATION, field.name) == pytest.approx(getattr(computed, field.name), rel=0.01), field.name
     long_products = record("kernels")["ceilings"]["bf16_flop_per_s"] / PROFILES["h200"].flops
