@@ -22,7 +22,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from random import Random
@@ -38,8 +38,7 @@ from nanovllm.config import EngineConfig, SchedulerLimits
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.simulation.calibrate import calibrate_bursts
-from nanovllm.simulation.front_end import ACCEPT_TURNS, QUICK_TURNS, FrontEnd, Told
+from nanovllm.simulation.front_end import FrontEnd, Told
 from nanovllm.simulation.hardware import Calibration, find_hardware
 from nanovllm.simulation.report import percentile
 from nanovllm.simulation.validate import TIMER_S
@@ -310,19 +309,6 @@ def _send(
 # --- the same, simulated
 
 
-HANDLED = ACCEPT_TURNS + 1  # the server's last turn with a request before it is tokenised
-HANDED = HANDLED + QUICK_TURNS + 1
-TURNS = {  # stages -> what the simulator calls them: the number of a turn, and whether at its end
-    "accepted": (0, True),
-    "read": (ACCEPT_TURNS, True),
-    "handled": (HANDLED, True),
-    "tokenising": (HANDLED, True),
-    "tokenised": (HANDLED + 1, False),
-    "resumed": (HANDED, False),
-    "handed": (HANDED, True),
-}
-
-
 class Replay:
     """A load of `_send`, with the simulator's front end and an engine like `stamped`'s."""
 
@@ -337,8 +323,6 @@ class Replay:
         for index, one in enumerate(requests):
             timer_s = TIMER_S * noise.random() if num_clients > 1 else 0.0
             self._front_end.arrive(one.arrival_s + timer_s, index, len(one.prompt))
-        self._front_end.on_turn = self._note
-        self._stages: dict[str, list[float]] = {stage: [] for stage in TURNS}
         self._read: list[list[float]] = [[] for _ in requests]
         self._running: dict[int, int] = {}  # request -> tokens so far
         self._taken: list[float] = []
@@ -354,7 +338,7 @@ class Replay:
             next_step = max(next_step, now - 10 * NAP_S) + self._pause_s * max(1.0, len(self._running) / MANY_STREAMS)
             self._step(now)
         self._front_end.advance(float("inf"))
-        return Times(0.0, self._rows(), self._stages, self._taken, self._steps)
+        return Times(0.0, self._rows(), {}, self._taken, self._steps)
 
     def _take_in(self, now: float) -> float:
         self._front_end.advance(now)
@@ -376,11 +360,6 @@ class Replay:
                 del self._running[index]
         self._steps.append((now, sum(one.is_first for one in told)))
         self._front_end.tell(now, len(told), told)
-
-    def _note(self, turn: int, begin: float, end: float) -> None:
-        for stage, (number, is_end) in TURNS.items():
-            if turn == number:
-                self._stages[stage].append(end if is_end else begin)
 
     def _see(self, told: Told, time: float) -> None:
         self._read[told.request].append(time)
@@ -419,14 +398,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("record", type=Path, help="of front_end_costs.py")
     parser.add_argument("--gpu", default="h200", help="whose calibration")
-    parser.add_argument("--calibrate", action="store_true", help="with the front end that the record itself gives")
     arguments = parser.parse_args()
-    record, calibration = json.loads(arguments.record.read_text()), find_hardware(arguments.gpu).calibration
-    if arguments.calibrate:
-        calibration = calibrate_bursts(calibration, record)
-        print({field: value for field, value in asdict(calibration).items() if "frontend" in field or field.startswith("token")})
     print(f"{'ms, measured and simulated':35} " + "  ".join(f"{name:>17}" for name in PERCENTS))
-    for line in compare(record, calibration):
+    for line in compare(json.loads(arguments.record.read_text()), find_hardware(arguments.gpu).calibration):
         print(line)
 
 

@@ -3,11 +3,11 @@
     records of kernels   bandwidth, matrix rates, latency of each kind of kernel, sampler
     record of steps      the gap between two kernels of a graph
     offline records      host time of a step (their `steps`), by batch size
-    front end costs      what keeps the event loops of server and client busy, by request, token and event, and what they
-                         wait for in bursts; what the engine's thread does with a new request
+    front end costs      what keeps the event loops of server and client busy, by request, token and event; what the
+                         engine's thread does with a new request
 
-By hand, not here: `idle_s` from one first token offline; the rate of long products and when it sets in; messages, shares of
-turns and eager launches (docs/simulator.md has the sources). All else of whole runs is a prediction. Read next: `validate.py`.
+By hand, not here: `idle_s` from one first token offline; the rate of long products and when it sets in; messages and eager
+launches (docs/simulator.md has the sources). All else of whole runs is a prediction. Read next: `validate.py`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from nanovllm.simulation.hardware import Calibration, Hardware
 from nanovllm.simulation.shapes import SHAPES
 
 HEAD_DIM, NUM_HEADS, VOCABULARY = 128, 16, 151_936  # of the kernels record
-
-# Of a request's processor time in the server's event loop, by hand, about as seen in a run of 512 at once (benchmarks/LOG.md).
-SHARES = {"frontend_read_s": 0.10, "frontend_resume_s": 0.09, "frontend_end_s": 0.22}
 LARGE_BURST = 128  # requests
 
 
@@ -59,7 +56,7 @@ def calibrate(
 
 
 def calibrate_front_end(calibration: Calibration, costs: dict[str, Any]) -> Calibration:
-    """With the record `front-end-costs`: processor times of the client and of quick turns, wall times of all else.
+    """With the record `front-end-costs`: processor times; of events the pace in bursts; of a request alone what they leave.
 
     Tokenising runs beside the event loop, but Python before and after it holds the interpreter's lock: the part of a
     thread's time that does not grow with the prompt keeps the event loop waiting, and counts as its own.
@@ -75,72 +72,37 @@ def calibrate_front_end(calibration: Calibration, costs: dict[str, Any]) -> Cali
     token_us = (us("words 1024", "loop_us") - us("short", "loop_us")) / (num_more - num_short)
     in_thread_us = (us("words 1024", "threads_us") - us("words 512", "threads_us")) / (num_more - num_words)
     locked_us = us("words 512", "threads_us") - us("short", "threads_us") - num_words * in_thread_us
-    request_s = 1e-6 * (us("short", "loop_us") - num_short * token_us + locked_us) - _pace(costs["bursts"], "step", 4)
-    calibration = replace(
+    event_s, told_s = _events(costs["bursts"])
+    found = replace(
         calibration,
-        **{field: share * request_s for field, share in SHARES.items()},
+        frontend_request_s=1e-6 * (us("short", "loop_us") - num_short * token_us + locked_us) - event_s,
+        frontend_token_s=1e-6 * token_us,
+        frontend_told_s=told_s,
+        frontend_event_s=event_s,
+        tokenize_token_s=1e-6 * in_thread_us,
         client_request_s=1e-6 * (us("words 512", "client_us") - client_event_us),
         client_event_s=1e-6 * client_event_us,
     )
-    return calibrate_bursts(calibration, costs)
+    return replace(found, frontend_latency_s=_latency_each_way(found, costs))
 
 
-def calibrate_bursts(calibration: Calibration, record: dict[str, Any]) -> Calibration:
-    """With the wall times of the record's bursts: what the event loops wait for is in them, beside what they do.
-
-    In a large burst the server is busy from the first request that it reads until the last has gone to the engine: first it
-    reads all and runs their handlers, then it hears of their tokens and hands them over. Its quick turns, and reading, keep
-    their processor time; the others get what is left. What a request alone takes beyond its turns is latency.
-    """
-    rows = record["bursts"]
-    large = [row for row in rows if row["size"] >= LARGE_BURST]
-
-    def span(start: tuple[str, str], end: tuple[str, str], num_words: int) -> float:
-        """Seconds of each request between two quantiles of stages, the median over large bursts of one client."""
-        found = [row for row in large if row["clients"] == 1 and row["words"] == num_words]
-        ends = [(row["times"][start[0]][start[1]], row["times"][end[0]][end[1]]) for row in found]
-        return 1e-3 * median((after - before) / row["size"] for row, (before, after) in zip(found, ends))
-
-    def alone(stage: str, num_words: int) -> float:
-        (row,) = (row for row in rows if row["size"] == row["clients"] == 1 and row["words"] == num_words)
-        return 1e-3 * row["times"][stage]["p50"]
-
-    def line(seconds: Callable[[int], float]) -> tuple[float, float]:
-        """(seconds of any request, and more for each token) through prompts of 512 and 1,024."""
-        short, long = seconds(512), seconds(1024)
-        token_s = min(max(0.0, long - short), short) / 512
-        return short - 512 * token_s, token_s
-
-    handle_s, handle_token_s = line(lambda words: span(("read", "first"), ("handled", "last"), words))
-    hand_over_s, hand_over_token_s = line(lambda words: span(("handled", "last"), ("handed", "last"), words))
-    _, tokenize_token_s = line(lambda words: alone("tokenised", words) - alone("tokenising", words))
-    event_s, largest = _pace(rows, "step", 4), max(large, key=lambda row: (row["clients"], row["size"]))
-    bursts = replace(
-        calibration,
-        frontend_accept_s=_pace(rows, "accepted", 1),
-        frontend_handle_s=max(0.0, handle_s - calibration.frontend_read_s),
-        frontend_handle_token_s=handle_token_s,
-        frontend_hand_over_s=max(0.0, hand_over_s - calibration.frontend_resume_s),
-        frontend_hand_over_token_s=hand_over_token_s,
-        frontend_event_s=event_s,
-        frontend_told_s=(1e-3 * largest["times"]["step"]["first"] - alone("step", 512)) / largest["size"],
-        frontend_begin_s=max(0.0, _pace(rows, "first token", 4) - event_s),
-        tokenize_token_s=tokenize_token_s,
-    )
-    turns = bursts.client_request_s + handle_s + hand_over_s + 512 * (handle_token_s + tokenize_token_s + hand_over_token_s)
-    event = bursts.frontend_message_s + bursts.frontend_told_s + event_s + bursts.client_message_s + bursts.client_event_s
-    return replace(
-        bursts,
-        frontend_latency_in_s=max(0.0, alone("taken", 512) - turns),
-        frontend_latency_out_s=max(0.0, alone("step", 512) - event),
-    )
+def _events(bursts: list[dict[str, Any]]) -> tuple[float, float]:
+    """Seconds of an event, and before the first of a step for each of its streams, by the wall's clock, from four clients."""
+    (alone,) = (row["times"]["step"] for row in bursts if row["size"] == row["clients"] == 1 and row["words"] == 512)
+    large = [(row["size"], row["times"]["step"]) for row in bursts if row["size"] >= LARGE_BURST and row["clients"] == 4]
+    event_ms = median((step["p90"] - step["p10"]) / (0.8 * size) for size, step in large)
+    return 1e-3 * event_ms, 1e-3 * median((step["first"] - alone["first"]) / size for size, step in large)
 
 
-def _pace(bursts: list[dict[str, Any]], stage: str, num_clients: int) -> float:
-    """Seconds from one request to the next, the median over large bursts."""
-    found = [row for row in bursts if row["size"] >= LARGE_BURST and row["clients"] == num_clients]
-    times = [row["times"][stage] for row in found]
-    return 1e-3 * median((one["p90"] - one["p10"]) / (0.8 * row["size"]) for row, one in zip(found, times))
+def _latency_each_way(calibration: Calibration, costs: dict[str, Any]) -> float:
+    """Half of what nobody's processor is busy with while a request is alone. Seconds."""
+    num_words, engine = costs["alone"]["words"], costs["engine"][str(costs["alone"]["words"])]
+    busy_s = 1e-6 * sum(engine[key]["median"] for key in ("intake_us", "admit_us"))
+    busy_s += calibration.client_request_s + calibration.frontend_request_s
+    busy_s += num_words * (calibration.frontend_token_s + calibration.tokenize_token_s)
+    busy_s += calibration.frontend_message_s + calibration.frontend_told_s + calibration.frontend_event_s
+    busy_s += calibration.client_message_s + calibration.client_event_s
+    return (1e-6 * costs["alone"]["wall_us"]["median"] - busy_s) / 2
 
 
 def calibrate_requests(calibration: Calibration, engine: dict[str, Any]) -> Calibration:

@@ -4,15 +4,14 @@ An event loop does one thing at a time, in turns: what becomes ready during a tu
 come at one moment none reaches the engine before all of them have been read, and the first token of one waits for the
 tokens of the others. The way of a request, with whom it keeps busy:
 
-    client    connect, and send the request; meanwhile
-    server    accept
-    server    read and parse it
+    client    connect, and send the request
+    server    accept, read and parse it
     (thread)  tokenise: nobody waits but the request
     server    check it, hand it to the engine
 
 and of the tokens of a step:
 
-    server    take the engine's message, which is quick; in a later turn, write an event for each stream
+    server    take the engine's message, and tell each stream; in a later turn, write an event for each
     client    read each event
 
 Messages that wait while the server is busy are taken together, and a stream's tokens are then one event. What nobody's
@@ -32,8 +31,10 @@ from nanovllm.simulation.hardware import Calibration
 
 MAX_MESSAGES_PER_TURN = 8  # `engine/connection.py`'s
 CLIENT_TURNS = 5  # begin, and connect; be connected; hear of it; make the protocol; write (Python 3.12; 3.11 takes one more)
-ACCEPT_TURNS = 1  # of the server, while the client is still busy with the request
-QUICK_TURNS = 3  # of the server, for a request whose prompt has been tokenised: hear of it; go on; let others run
+# Turns of the server, with their shares of a request's time, about as seen in a run of 512 at once (benchmarks/LOG.md).
+TURNS_BEFORE_TOKENS = (0.08, 0.10, 0.16)  # accept; receive; run the handler until it waits for the thread that tokenises
+TURNS_WITH_TOKENS = (0.03, 0.03, 0.03, 0.35)  # hear of the tokens; go on; let others run; check, hand over, begin the answer
+SHARE_END = 0.22  # after the last token
 
 
 class EventLoop:
@@ -69,20 +70,16 @@ def _run_turns(
     time: float,
     costs: Sequence[float],
     then: Callable[[float], None],
-    note: Callable[[int, float, float], None] | None = None,
-    number: int = 0,
+    begin: Callable[[float], None] | None = None,
 ) -> None:
-    """A turn of `loop` for each of `costs`, seconds, the first at `time`. Then `then(now)`.
-
-    `note`, where somebody wants to know: of each turn its number, the time when it came to this request, and when it was done.
-    """
+    """A turn of `loop` for each of `costs`, seconds, the first at `time`. Then `then(now)`."""
 
     def turn(now: float) -> float:
+        if begin is not None:
+            begin(now)
         end = now + costs[0]
-        if note is not None:
-            note(number, now, end)
         if len(costs) > 1:
-            _run_turns(loop, end, costs[1:], then, note, number + 1)
+            _run_turns(loop, end, costs[1:], then)
         else:
             then(end)
         return costs[0]
@@ -109,7 +106,6 @@ class FrontEnd:
     def __init__(self, costs: Calibration, on_seen: Callable[[Told, float], None], clients: Sequence[int] = ()) -> None:
         self._costs = costs
         self._on_seen = on_seen
-        self.on_turn: Callable[[int, float, float], None] | None = None  # for who compares: of the server, see `_run_turns`
         self.sent: dict[int, float] = {}  # by request, until somebody takes it out: when its client began with it
         self._server = EventLoop()
         self._client_of = clients
@@ -148,28 +144,17 @@ class FrontEnd:
     def arrive(self, time: float, index: int, num_tokens: int) -> None:
         """A request of so many tokens is due then."""
         costs = self._costs
-        handle_s = costs.frontend_handle_s + num_tokens * costs.frontend_handle_token_s
-        hand_over_s = costs.frontend_hand_over_s + num_tokens * costs.frontend_hand_over_token_s
-        before = [costs.frontend_read_s, handle_s]
-        after = [costs.frontend_resume_s / QUICK_TURNS] * QUICK_TURNS + [hand_over_s]
+        request_s = costs.frontend_request_s + num_tokens * costs.frontend_token_s
+        before, after = ([share * request_s for share in shares] for shares in (TURNS_BEFORE_TOKENS, TURNS_WITH_TOKENS))
 
-        def begin(turn: int, now: float, end: float) -> None:
-            if turn == 0:  # it is connected before the client hears of it
-                self.sent[index] = now
-                _run_turns(self._server, end, [costs.frontend_accept_s], lambda now: None, self.on_turn)
+        def begin(now: float) -> None:
+            self.sent[index] = now
 
         def send(now: float) -> None:
-            _run_turns(self._server, now + costs.frontend_latency_in_s, before, tokenize, self.on_turn, ACCEPT_TURNS)
+            _run_turns(self._server, now + costs.frontend_latency_s, before, tokenize)
 
         def tokenize(now: float) -> None:
-            _run_turns(
-                self._server,
-                now + num_tokens * costs.tokenize_token_s,
-                after,
-                hand_over,
-                self.on_turn,
-                ACCEPT_TURNS + len(before),
-            )
+            _run_turns(self._server, now + num_tokens * costs.tokenize_token_s, after, hand_over)
 
         def hand_over(now: float) -> None:
             self._at_engine.append((now, index))
@@ -188,7 +173,7 @@ class FrontEnd:
 
     def tell(self, now: float, num_streams: int, told: Sequence[Told]) -> None:
         """The engine sends a token for each of so many streams."""
-        self._messages.append((now + self._costs.frontend_latency_out_s, num_streams, told))
+        self._messages.append((now + self._costs.frontend_latency_s, num_streams, told))
         if not self._is_draining:
             self._is_draining = True
             self._server.add(self._messages[0][0], self._drain)
@@ -210,28 +195,25 @@ class FrontEnd:
         return self._costs.frontend_message_s + num_tokens * self._costs.frontend_told_s
 
     def _write(self, now: float, num_events: int, told: list[Told]) -> float:
-        """An event for each stream, one after the other; the clients read them as they come. A first one begins an answer."""
+        """An event for each stream, one after the other; the clients read them as they come."""
         event_s = self._costs.frontend_event_s
-        num_begun = sum(one.is_first for one in told)
-        if num_events:
-            event_s += self._costs.frontend_begin_s * num_begun / num_events
         for one in told:
             self._num_open[self._number_of(one.request)] += one.is_first
         num_open = sum(self._num_open)
         for number, client in enumerate(self._clients):
             if share := self._num_open[number] / num_open:
                 ours = [one for one in told if self._number_of(one.request) == number]
-                client.add(now + event_s, partial(self._read, now, event_s, num_events, share, ours))
+                client.add(now + event_s, partial(self._read, now, num_events, share, ours))
         num_ended = 0
         for one in told:
             if one.is_last:
                 num_ended += 1
                 self._num_open[self._number_of(one.request)] -= 1
-        return num_events * event_s + num_ended * self._costs.frontend_end_s
+        return num_events * event_s + num_ended * SHARE_END * self._costs.frontend_request_s
 
-    def _read(self, written: float, event_s: float, num_events: int, share: float, told: list[Told], now: float) -> float:
-        """`written`, `event_s`: when the server began to write, and how long for each. `share`: of the events, that are ours."""
-        read_s = self._costs.client_event_s
+    def _read(self, written: float, num_events: int, share: float, told: list[Told], now: float) -> float:
+        """`share`: of the events, that are this client's."""
+        event_s, read_s = self._costs.frontend_event_s, self._costs.client_event_s
         now += self._costs.client_message_s
         for one in told:
             self._on_seen(one, max(written + (one.place + 1) * event_s, now + one.place * share * read_s))

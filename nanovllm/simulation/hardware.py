@@ -46,17 +46,9 @@ class Calibration:
     host_token_s: float  # the same, for each token of its prompt
     host_admit_token_s: float  # host: hashes and blocks of a prompt, in its step, for each token
     eager_launch_s: float  # host: one kernel without a graph; an assumption, not measured
-    frontend_latency_in_s: float  # of a request's way in, that keeps no event loop busy: sockets, threads that wake up
-    frontend_latency_out_s: float  # the same, of a token's way out
-    frontend_accept_s: float  # the server's event loop, turn by turn, for a request: accept it,
-    frontend_read_s: float  # read it,
-    frontend_handle_s: float  # run its handler until it waits for the thread that tokenises, which takes the interpreter's lock,
-    frontend_handle_token_s: float  # for each token too;
-    frontend_resume_s: float  # hear of the tokens, in several turns;
-    frontend_hand_over_s: float  # check the request and hand it to the engine,
-    frontend_hand_over_token_s: float  # and again for each token
-    frontend_begin_s: float  # begin its answer, with the first event
-    frontend_end_s: float  # and end it, after the last
+    frontend_latency_s: float  # of a request's way in, and again of a token's way out, that keeps no event loop busy
+    frontend_request_s: float  # of the server's event loop, for a request
+    frontend_token_s: float  # the same, for each token of its prompt
     frontend_message_s: float  # and for the engine's message of a step
     frontend_told_s: float  # for each stream in it
     frontend_event_s: float  # and for an event: the tokens of one stream that are written together
@@ -106,21 +98,13 @@ H200_CALIBRATION = Calibration(
     host_token_s=80.01e-9,
     host_admit_token_s=91.79e-9,
     eager_launch_s=6e-6,
-    frontend_latency_in_s=1.278e-3,
-    frontend_latency_out_s=0.2209e-3,
-    frontend_accept_s=52.13e-6,
-    frontend_read_s=59.08e-6,
-    frontend_handle_s=156.1e-6,
-    frontend_handle_token_s=45.21e-9,
-    frontend_resume_s=53.17e-6,
-    frontend_hand_over_s=222.4e-6,
-    frontend_hand_over_token_s=0.0,
-    frontend_begin_s=13.62e-6,
-    frontend_end_s=130.0e-6,
+    frontend_latency_s=0.6309e-3,
+    frontend_request_s=590.8e-6,
+    frontend_token_s=315.9e-9,
     frontend_message_s=165e-6,
-    frontend_told_s=6.404e-6,
+    frontend_told_s=6.079e-6,
     frontend_event_s=28.73e-6,
-    tokenize_token_s=1002e-9,
+    tokenize_token_s=632.2e-9,
     client_request_s=244.9e-6,
     client_message_s=100e-6,
     client_event_s=15.92e-6,
@@ -152,17 +136,9 @@ CPU_CALIBRATION = Calibration(
     host_token_s=104.3e-9,
     host_admit_token_s=96.46e-9,
     eager_launch_s=0.0,
-    frontend_latency_in_s=0.6e-3,
-    frontend_latency_out_s=0.6e-3,
-    frontend_accept_s=26.7e-6,
-    frontend_read_s=33.4e-6,
-    frontend_handle_s=53.4e-6,
-    frontend_handle_token_s=55.72e-9,
-    frontend_resume_s=30.0e-6,
-    frontend_hand_over_s=116.7e-6,
-    frontend_hand_over_token_s=83.58e-9,
-    frontend_begin_s=0.0,
-    frontend_end_s=73.4e-6,
+    frontend_latency_s=0.6e-3,
+    frontend_request_s=333.5e-6,
+    frontend_token_s=139.3e-9,
     frontend_message_s=165e-6,
     frontend_told_s=0.0,
     frontend_event_s=25.14e-6,

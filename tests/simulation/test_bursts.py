@@ -1,51 +1,44 @@
-"""Bursts: the front end's times, found again in what it makes of the bursts that `benchmarks/front_end_costs.py` measures."""
+"""The front end's times, found again in what it makes of the loads that `benchmarks/front_end_costs.py` measures."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nanovllm.simulation.calibrate import calibrate_bursts
+from nanovllm.simulation.calibrate import calibrate_front_end
+from nanovllm.simulation.front_end import FrontEnd, Told
 from nanovllm.simulation.hardware import PROFILES
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
 from front_end_bursts import simulated
 
-TRUTH = replace(
-    PROFILES["h200"].calibration,
-    frontend_accept_s=100e-6,
-    frontend_handle_s=150e-6,
-    frontend_handle_token_s=0.1e-6,
-    frontend_hand_over_s=200e-6,
-    frontend_hand_over_token_s=0.2e-6,
-    frontend_told_s=4e-6,
-    frontend_begin_s=50e-6,
-    frontend_latency_in_s=0.7e-3,
-    frontend_latency_out_s=0.2e-3,
-)
+CALIBRATION = PROFILES["h200"].calibration
 
 
-@pytest.fixture(scope="module")
 def record() -> dict:
-    sizes = [(1, 1), (128, 1), (256, 1), (128, 4), (256, 4)]
-    rows = [{"size": size, "words": words, "clients": clients} for words in (512, 1024) for size, clients in sizes]
-    return {"bursts": [{**row, "times": simulated(TRUTH, row)} for row in rows]}
+    return json.loads((BENCHMARKS / "records/2026-11-29-front-end-costs-h.json").read_text())
 
 
-def test_wall_times_of_bursts_give_the_time_of_every_turn(record):
-    """Where the client is no slower than the server: else it is the client's pace that the server keeps."""
-    found = calibrate_bursts(PROFILES["h200"].calibration, record)
-    exact = ("event_s", "told_s", "begin_s", "latency_in_s")
-    for name in (*exact, "accept_s", "handle_s", "handle_token_s", "hand_over_s", "hand_over_token_s"):
-        field = f"frontend_{name}"
-        assert getattr(found, field) == pytest.approx(getattr(TRUTH, field), rel=0.03 if name in exact else 0.2), field
-    assert found.tokenize_token_s == pytest.approx(TRUTH.tokenize_token_s, rel=0.01)
+def test_what_an_event_costs_is_found_in_the_bursts_that_a_simulated_server_makes():
+    truth = replace(CALIBRATION, frontend_told_s=9e-6, frontend_event_s=40e-6)
+    rows = [{"size": size, "words": 512, "clients": clients} for size, clients in ((1, 1), (128, 1), (128, 4), (256, 4))]
+    bursts = [{**row, "times": simulated(truth, row)} for row in rows]
+    found = calibrate_front_end(CALIBRATION, {**record(), "bursts": bursts})
+    assert found.frontend_told_s == pytest.approx(9e-6, rel=0.1)
+    assert found.frontend_event_s == pytest.approx(40e-6, rel=0.02)
 
 
-def test_with_the_times_that_a_record_gives_its_bursts_come_out_again(record):
-    found = calibrate_bursts(PROFILES["h200"].calibration, record)
-    for row in record["bursts"]:
-        again = simulated(found, row)
-        for stage in ("taken", "first token"):
-            assert again[stage] == pytest.approx(row["times"][stage], rel=0.08, abs=0.1), (row["size"], row["clients"], stage)
+def test_a_request_alone_takes_as_long_as_the_record_says():
+    """From the turns of a simulated front end, and not as the calibration adds them up."""
+    costs, seen = record(), []
+    num_words, engine = costs["alone"]["words"], costs["engine"]["512"]
+    front_end = FrontEnd(CALIBRATION, lambda told, time: seen.append(time))
+    front_end.arrive(0.0, 0, num_words)
+    in_engine_s = 1e-6 * sum(engine[key]["median"] for key in ("intake_us", "admit_us"))
+    front_end.tell(front_end.wait() + in_engine_s, 1, [Told(0, 0, is_first=True, is_last=True)])
+    front_end.advance(float("inf"))
+    end_s = 0.22 * CALIBRATION.frontend_request_s  # of the answer, which the client does not see before
+    assert seen[0] + end_s == pytest.approx(1e-6 * costs["alone"]["wall_us"]["median"], rel=0.05)
