@@ -134,9 +134,9 @@ class HostTimes:
             size, before_us = self._open.pop(event.step, (0, 0.0))
             self.by_size.setdefault(size, []).append(before_us + event.apply_ns / 1e3)
 
-    def _timed_run(self, batch: ScheduledBatch) -> PendingStep:
+    def _timed_run(self, batch: ScheduledBatch, before: PendingStep | None = None) -> PendingStep:
         started = time.perf_counter_ns()
-        pending = self._run(batch)
+        pending = self._run(batch, before)
         size, schedule_us = self._open[batch.step]
         self._open[batch.step] = size, schedule_us + (time.perf_counter_ns() - started) / 1e3
         return pending

@@ -515,7 +515,7 @@ class EngineProcess:
             raise RequestError(f"seconds must be a number above 0 and up to {MAX_PROFILE_SECONDS:g}, got {seconds!r}")
         if self._profile is not None:
             raise RequestError("a profile is being taken already; wait for its end")
-        self._profile = Profile(frontend, call.call_id, time.monotonic() + seconds)
+        self._profile = Profile(frontend, call.call_id, seconds)
 
     def _finish_profile(self) -> None:
         profile, self._profile = self._profile, None
@@ -535,12 +535,13 @@ CALLS: dict[str, Callable[..., Any]] = {
 class Profile:
     """A running torch profiler, and who waits for it."""
 
-    def __init__(self, frontend: Frontend, call_id: int, end_time: float) -> None:
+    def __init__(self, frontend: Frontend, call_id: int, seconds: float) -> None:
         import torch  # only a profile needs it here
 
-        self.frontend, self.call_id, self.end_time = frontend, call_id, end_time
+        self.frontend, self.call_id = frontend, call_id
         self._profiler = torch.profiler.profile()
         self._profiler.start()
+        self.end_time = time.monotonic() + seconds  # the first start takes long
 
     def save(self, folder: Path) -> Path:
         """A trace for chrome://tracing or Perfetto."""
