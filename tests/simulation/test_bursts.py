@@ -11,10 +11,10 @@ from nanovllm.simulation.calibrate import calibrate_front_end
 from nanovllm.simulation.front_end import FrontEnd, Told
 from nanovllm.simulation.hardware import PROFILES
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from front_end_bursts import simulated
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CALIBRATION = PROFILES["h200"].calibration
 
 
