@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanovllm.simulation.calibrate import calibrate_front_end
-from nanovllm.simulation.front_end import FrontEnd, Told
+from nanovllm.simulation.front_end import SHARE_END, FrontEnd, Told
 from nanovllm.simulation.hardware import PROFILES
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -40,5 +40,5 @@ def test_a_request_alone_takes_as_long_as_the_record_says():
     in_engine_s = 1e-6 * sum(engine[key]["median"] for key in ("intake_us", "admit_us"))
     front_end.tell(front_end.wait() + in_engine_s, 1, [Told(0, 0, is_first=True, is_last=True)])
     front_end.advance(float("inf"))
-    end_s = 0.22 * CALIBRATION.frontend_request_s  # of the answer, which the client does not see before
-    assert seen[0] + end_s == pytest.approx(1e-6 * costs["alone"]["wall_us"]["median"], rel=0.05)
+    end_s = SHARE_END * CALIBRATION.frontend_request_s  # of the answer, which the client does not see before
+    assert seen[0] + end_s == pytest.approx(1e-6 * costs["alone"]["wall_us"]["median"], rel=0.02)
