@@ -64,20 +64,21 @@ class LLGuidanceMatcher:
     def give_up(self) -> None:
         self._fail("it is too ambiguous: finding the next tokens takes too long")
 
-    def fill_mask(self, mask: np.ndarray, stands_for: float = 1.0) -> None:
-        """`stands_for`: how many masks, of which this one was drawn by lot."""
-        if self._is_over:
-            self._finish_mask(mask)
-            return
+    def fill_mask(self, mask: np.ndarray) -> None:
+        self._budget.charge(self, self._compute_mask(mask))
+        self._finish_mask(mask)
+
+    def _compute_mask(self, mask: np.ndarray) -> float:
+        """Returns the seconds of processor time that it took."""
         started = time.thread_time()
         try:
-            self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            self._budget.charge(self, time.thread_time() - started, stands_for)
+            if not self._is_over:
+                self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         except BaseException as error:  # also a panic, which is no Exception: it ends a sequence, not the engine
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             self._fail(f"the grammar engine failed: {error!r}")
-        self._finish_mask(mask)
+        return time.thread_time() - started
 
     @staticmethod
     def begin_together(matchers: Sequence[LLGuidanceMatcher], masks: np.ndarray) -> Callable[[], None]:
@@ -92,28 +93,25 @@ class LLGuidanceMatcher:
                 matcher.fill_mask(mask)
             return lambda: None
         num_alone = -(-num_matchers // MASKS_PER_SAMPLE)
-        alone = budget.draw_lots(num_matchers, num_alone)
-        rest = [i for i in range(num_matchers) if i not in alone]
-        running = [i for i in rest if not matchers[i]._is_over]
+        lots = budget.draw_lots(num_matchers, num_alone)
+        over = {i for i in range(num_matchers) if matchers[i]._is_over}
+        running = [i for i in range(num_matchers) if i not in lots and i not in over]
         running.sort(key=lambda i: matchers[i].strand)  # neighbours in the list go to one thread
         wait = mask_threads(budget.num_threads).begin([(matchers[i]._inner, i) for i in running], masks, budget.clock)
-        over = set(rest).difference(running)
-        started = time.thread_time()
-        for i in alone:
-            matchers[i].fill_mask(masks[i], num_matchers / num_alone)
-        seconds_alone = time.thread_time() - started
+        alone = {i: matchers[i]._compute_mask(masks[i]) for i in lots}
 
         def finish() -> None:
             try:
-                budget.note_together(len(running), max(wait(), seconds_alone))
+                budget.note_together(len(running), max(wait(), sum(alone.values())))
             except BaseException as error:  # find out which
                 if isinstance(error, (KeyboardInterrupt, SystemExit)):
                     raise
-                for i in rest:
+                for i in running:
                     matchers[i].fill_mask(masks[i])
-            else:
-                for i in over.union(_unfinished(matchers, masks)).difference(alone):
-                    matchers[i]._finish_mask(masks[i])
+            for i, seconds in alone.items():
+                budget.charge(matchers[i], seconds, num_matchers / num_alone)
+            for i in over.union(_unfinished(matchers, masks)):
+                matchers[i]._finish_mask(masks[i])
 
         return finish
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import cache, partial
 from typing import Any
 
@@ -20,12 +21,11 @@ class MaskThreads:
     def __init__(self, executor: Any) -> None:
         """`executor`: an `LLExecutor`."""
         self._executor = executor
-        self._is_free = threading.Lock()
-        self._may_begin, self._has_begun, self._has_ended = threading.Lock(), threading.Lock(), threading.Lock()
-        for lock in (self._may_begin, self._has_begun, self._has_ended):
-            lock.acquire()
+        self._is_free, self._may_begin, self._has_begun = threading.Lock(), threading.Lock(), threading.Lock()
+        self._may_begin.acquire()
+        self._has_begun.acquire()
         self._work: Callable[[], float]
-        self._outcome: float | BaseException
+        self._outcome: Future[float]
         threading.Thread(target=self._run, name="masks", daemon=True).start()
 
     def begin(
@@ -39,33 +39,29 @@ class MaskThreads:
         work = partial(self._compute, matchers, masks, clock)
         if not self._is_free.acquire(blocking=False):
             return work
-        self._work = work
+        self._work, self._outcome = work, Future()
+        wait = self._outcome.result
         self._may_begin.release()
         self._has_begun.acquire()
-        return self._wait
+        return wait
 
     def _compute(self, matchers: Sequence[tuple[Any, int]], masks: np.ndarray, clock: Callable[[], float]) -> float:
         started = clock()
         self._executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, masks.strides[0], len(masks))
         return clock() - started
 
-    def _wait(self) -> float:
-        self._has_ended.acquire()
-        outcome = self._outcome
-        self._is_free.release()
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
     def _run(self) -> None:
         while True:
             self._may_begin.acquire()
+            work, outcome = self._work, self._outcome
             self._has_begun.release()  # whoever waits for this cannot go on before the library gives the lock up
             try:
-                self._outcome = self._work()
+                tell = partial(outcome.set_result, work())
             except BaseException as error:  # also a panic, which is no Exception
-                self._outcome = error
-            self._has_ended.release()
+                tell = partial(outcome.set_exception, error)
+            self._is_free.release()
+            tell()
+            del work, outcome, tell  # and with them the masks
 
 
 @cache

@@ -355,6 +355,26 @@ def test_after_a_panic_in_the_threads_everybody_has_a_mask(monkeypatch):
     assert masks[::2].tolist() == [[1 << 7, 0]] * 4 and masks[1::2].tolist() == [[-1, -1]] * 4
 
 
+def test_who_is_over_and_drawn_by_lot_has_a_mask_of_ends_only(monkeypatch):
+    clock = Clock()
+
+    class Pool:
+        def unsafe_compute_mask_ptr(self, matchers: list[tuple[Inner, int]], address: int, stride: int, count: int) -> None:
+            for _, line in matchers:
+                ctypes.memset(address + line * stride, 0xFF, stride)
+
+    threads = MaskThreads(Pool())
+    monkeypatch.setattr(llguidance_backend, "mask_threads", lambda _: threads)
+    budget = MaskBudget(lambda: clock.wall, num_threads=4)
+    matchers = [LLGuidanceMatcher(Inner(clock, 0.0), [7], True, budget) for _ in range(8)]
+    for matcher in matchers[::2]:
+        matcher.give_up()
+    monkeypatch.setattr(budget, "draw_lots", lambda *_: {0, 1})
+    masks = np.full((8, 2), 0x55, np.int32)
+    fill_masks(matchers, masks)
+    assert masks[::2].tolist() == [[1 << 7, 0]] * 4 and masks[1::2].tolist() == [[-1, -1]] * 4
+
+
 def test_a_complete_text_may_be_asked_for_a_mask_and_stays_complete(byte_level):
     """A step that was dispatched before the end was known still draws."""
     matcher = byte_level.compile(StructuredOutput("regex", "a"))

@@ -70,3 +70,16 @@ def test_what_the_library_raises_comes_to_who_waits_and_the_next_call_works():
         wait()
     threads.begin([(0xFF, 0)], masks)()
     assert masks.all()
+
+
+def test_masks_that_nobody_waits_for_keep_nobody_from_theirs():
+    """An engine that is closed between two steps."""
+    library = Library()
+    threads, masks = MaskThreads(library), np.zeros((1, 1), np.int32)
+    threads.begin([(0xFF, 0)], np.zeros((1, 1), np.int32))
+    deadline = time.monotonic() + 10
+    while not threads._is_free.acquire(blocking=False) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    threads._is_free.release()
+    threads.begin([(0xFF, 0)], masks)()
+    assert masks.all() and library.threads == ["masks", "masks"]
