@@ -14,6 +14,8 @@ from support import assert_nothing_is_held
 from test_real_model import pytestmark as needs_the_model
 
 from nanovllm import LLM, SamplingParams, StructuredOutput
+from nanovllm.config import EngineConfig
+from nanovllm.engine import engine_main
 from nanovllm.errors import InvalidGrammar
 from nanovllm.structured.llguidance_backend import LLGuidanceGrammar
 
@@ -211,3 +213,12 @@ def test_an_invalid_grammar_is_refused_and_nothing_has_changed(llm):
     assert not llm.engine.has_work
     assert_nothing_is_held(llm.engine)
     llm.engine.abort(llm.engine.add_request(prompt(llm), greedy(None), request_id="refused"))
+
+
+def test_a_servers_engine_has_looked_at_the_vocabulary_before_it_is_ready():
+    """It holds Python's lock: with the first request all others would stand still, for a second on large vocabularies."""
+    served = engine_main.build(EngineConfig(num_threads=1, num_kv_blocks=64))
+    try:
+        assert "_vocabulary" in vars(served.grammar)
+    finally:
+        served.engine.close()
