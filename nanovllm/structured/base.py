@@ -76,10 +76,6 @@ def begin_masks(matchers: Sequence[Matcher], masks: np.ndarray) -> Callable[[], 
     return finish
 
 
-def fill_masks(matchers: Sequence[Matcher], masks: np.ndarray) -> None:
-    begin_masks(matchers, masks)()
-
-
 class Grammar(Protocol):
     def compile(self, structured: StructuredOutput, can_end_early: bool = True) -> Matcher:
         """A matcher at the beginning of a text. Raises `InvalidGrammar`.

@@ -28,7 +28,7 @@ from nanovllm.errors import InvalidGrammar
 from nanovllm.recovery.keeper import Keeper
 from nanovllm.server.reasoning import ReasoningSplitter
 from nanovllm.structured.after_mark import MAX_LINE_BREAKS, AfterMark, MarkMasks
-from nanovllm.structured.base import fill_masks, num_mask_words
+from nanovllm.structured.base import begin_masks, num_mask_words
 from nanovllm.structured.llguidance_backend import LLGuidanceGrammar
 from nanovllm.tokenizer import Tokenizer
 from nanovllm.tokenizer_files import TokenizerParts
@@ -237,7 +237,7 @@ def test_masks_of_many_are_those_of_each_alone():
         [thinking],
     ):
         together = np.zeros((len(matchers), num_mask_words(len(WHOLE))), dtype=np.int32)
-        fill_masks(matchers, together)
+        begin_masks(matchers, together)()
         for matcher, mask in zip(matchers, together, strict=True):
             matcher.fill_mask(alone := np.zeros_like(mask))
             assert (alone == mask).all()
@@ -270,7 +270,7 @@ class TestGrammar:
                 assert matcher.accept(token_id) is None
         matchers = [one for three in zip(plain, still, over) for one in three] + plain[3:]
         masks = np.zeros((len(matchers), num_mask_words(tokenizer.vocab_size)), dtype=np.int32)
-        fill_masks(matchers, masks)
+        begin_masks(matchers, masks)()
         for matcher, mask in zip(matchers, masks, strict=True):
             matcher.fill_mask(alone := np.zeros_like(mask))
             assert (alone == mask).all() and mask.any()

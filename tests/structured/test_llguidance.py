@@ -22,7 +22,7 @@ from test_tokenizer import byte_level_backend, sentencepiece_backend, unigram_ba
 from nanovllm import StructuredOutput
 from nanovllm.errors import InvalidGrammar
 from nanovllm.structured import llguidance_backend, mask_budget
-from nanovllm.structured.base import fill_masks, num_mask_words
+from nanovllm.structured.base import begin_masks, num_mask_words
 from nanovllm.structured.llguidance_backend import LLGuidanceGrammar, LLGuidanceMatcher
 from nanovllm.structured.mask_budget import FREE_SECONDS, SECONDS_AT_ONCE, SECONDS_PER_ENDED, MaskBudget
 from nanovllm.structured.mask_threads import MaskThreads
@@ -201,7 +201,7 @@ def test_threads_fill_the_masks_that_one_would(number):
     matchers, alone = ([byte_level.compile(source) for source in sources] for _ in range(2))
     for _ in range(3):
         masks, expected = np.full(size, 0x55AA55AA, np.int32), np.zeros(size, np.int32)
-        fill_masks(matchers, masks)
+        begin_masks(matchers, masks)()
         for matcher, mask in zip(alone, expected, strict=True):
             matcher.fill_mask(mask)
         assert np.array_equal(masks, expected) and masks.any(axis=1).all()
@@ -312,7 +312,7 @@ def filled_by_threads(monkeypatch, seconds: list[float], num_steps: int, num_thr
     budget = MaskBudget(lambda: clock.wall, num_threads)
     matchers = [LLGuidanceMatcher(Inner(clock, each), [7], True, budget) for each in seconds]
     for _ in range(num_steps):
-        fill_masks(matchers, np.zeros((len(matchers), 2), np.int32))
+        begin_masks(matchers, np.zeros((len(matchers), 2), np.int32))()
         clock.wall += 0.02
     return matchers
 
@@ -351,7 +351,7 @@ def test_after_a_panic_in_the_threads_everybody_has_a_mask(monkeypatch):
     for matcher in matchers[::2]:
         matcher.give_up()
     masks = np.zeros((8, 2), np.int32)
-    fill_masks(matchers, masks)
+    begin_masks(matchers, masks)()
     assert masks[::2].tolist() == [[1 << 7, 0]] * 4 and masks[1::2].tolist() == [[-1, -1]] * 4
 
 
@@ -371,7 +371,7 @@ def test_who_is_over_and_drawn_by_lot_has_a_mask_of_ends_only(monkeypatch):
         matcher.give_up()
     monkeypatch.setattr(budget, "draw_lots", lambda *_: {0, 1})
     masks = np.full((8, 2), 0x55, np.int32)
-    fill_masks(matchers, masks)
+    begin_masks(matchers, masks)()
     assert masks[::2].tolist() == [[1 << 7, 0]] * 4 and masks[1::2].tolist() == [[-1, -1]] * 4
 
 
@@ -403,7 +403,7 @@ def test_grammars_that_get_slower_and_slower_are_ended_and_cost_a_step_so_much_h
     longest, started = 0.0, time.thread_time()
     while running := [matcher for matcher in slow if matcher.error is None]:
         before = time.thread_time()
-        fill_masks([*running, fast], np.zeros((len(running) + 1, num_mask_words(model.vocab_size)), np.int32))
+        begin_masks([*running, fast], np.zeros((len(running) + 1, num_mask_words(model.vocab_size)), np.int32))()
         longest = max(longest, time.thread_time() - before)
         assert fast.accept(a) is None
         for matcher in running:
