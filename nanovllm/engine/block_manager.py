@@ -99,8 +99,7 @@ class BlockManager:
         self._index: dict[int, Block] = {}
         # By block id, in arrays: to copy the state costs bytes and no walk. A content id is unique; ROOT: not in the index.
         self._hashes, self._content_ids, self._parent_ids = (array("Q", bytes(8 * num_blocks)) for _ in range(3))
-        self._freed = array("q", range(-num_blocks, 0))  # ascending along the free list; of a held block it means nothing
-        self._num_contents, self._num_frees = 0, num_blocks
+        self._num_contents = 0
         self._hash = hash_function
         self._clock = clock
 
@@ -149,11 +148,9 @@ class BlockManager:
             block = self._blocks[block_id]
             block.ref_count -= 1
             if block.ref_count == 0:
-                self._num_frees += 1
-                self._free[block_id], self._freed[block_id] = None, self._num_frees
+                self._free[block_id] = None
                 if block.token_ids is None:  # nothing to keep: reuse it before any cached content
                     self._free.move_to_end(block_id, last=False)
-                    self._freed[block_id] = -self._num_frees
 
     # --- the prefix index
 
@@ -252,7 +249,6 @@ class BlockManager:
             is_found = self._index.get(self._hashes[block.block_id]) is block
             _require(is_found == is_cached == is_numbered, f"{block}, its content id and the index disagree")
         _require(sum(block.token_ids is not None for block in self._blocks) == len(self._index), "index has stale entries")
-        _require(sorted(self._free, key=self._freed.__getitem__) == list(self._free), "the free list's numbers do not ascend")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -180,19 +180,17 @@ class Numbering:
         return (*entry[:5], self.of(entry[5])) if entry[0] == "finish" else entry
 
     def hide(self, keyframe: dict[str, Any]) -> dict[str, Any]:
-        """In the form of the file: a row for each sequence and for each cached block, and the free list in its order."""
+        """In the form of the file: a row for each sequence and for each cached block."""
         keyframe = dict(keyframe)
         arrays, lengths = [one[:] for one in keyframe.pop("arrays")], keyframe.pop("num_blocks")
         columns = {**keyframe.pop("columns"), "births": keyframe.pop("births")}
-        tables = columns["block_table"] = [table[:length] for table, length in zip(keyframe.pop("tables"), lengths)]
-        held, freed = set(itertools.chain.from_iterable(tables)), arrays[-1]
+        columns["block_table"] = [table[:length] for table, length in zip(keyframe.pop("tables"), lengths)]
         cached = [row for row in zip(itertools.count(), *arrays) if row[2] != ROOT]
         numbers = self.of(row[1] for row in cached)
         return {
             **keyframe,
             "limits": dataclasses.asdict(keyframe["limits"]),
-            "free_blocks": sorted((one for one in range(len(freed)) if one not in held), key=freed.__getitem__),
-            "cached": [(row[0], number, *row[2:4]) for row, number in zip(cached, numbers)],
+            "cached": [(row[0], number, *row[2:]) for row, number in zip(cached, numbers)],
             "sequences": [self._row(dict(zip(columns, values))) for values in zip(*columns.values())],
         }
 
@@ -218,6 +216,7 @@ def keyframe_of(scheduler: Scheduler, arrays: list[array], births: Mapping[int, 
         "num_steps_decodes_waited": scheduler._num_steps_decodes_waited,
         "refused": scheduler._refused,
         "free_rows": list(scheduler._free_rows),
+        "free_blocks": list(scheduler.block_manager._free),
         "num_contents": scheduler.block_manager._num_contents,
         "arrays": arrays,
         "births": [births.get(one.seq_id) or _birth_of(one) for one in sequences],
@@ -239,9 +238,9 @@ def keyframe_of(scheduler: Scheduler, arrays: list[array], births: Mapping[int, 
 
 
 def arrays_of(scheduler: Scheduler) -> list[array]:
-    """What the block manager knows of each block: hash, content id, parent id, place in the free list."""
+    """What the block manager knows of the content of each block: hash, content id, parent id."""
     blocks = scheduler.block_manager
-    return [blocks._hashes, blocks._content_ids, blocks._parent_ids, blocks._freed]
+    return [blocks._hashes, blocks._content_ids, blocks._parent_ids]
 
 
 def _siblings(scheduler: Scheduler) -> list[Sequence]:

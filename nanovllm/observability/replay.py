@@ -234,8 +234,6 @@ class Replay:
                 manager._blocks[block_id].ref_count += 1
         manager._free.clear()
         manager._free.update(dict.fromkeys(keyframe["free_blocks"]))
-        for place, block_id in enumerate(keyframe["free_blocks"], -manager.num_blocks):
-            manager._freed[block_id] = place
         manager._num_contents = keyframe["num_contents"]
         for block_id, number, content_id, parent_id in keyframe["cached"]:
             block = manager._index[number] = manager._blocks[block_id]

@@ -147,7 +147,7 @@ def work_of_a_keyframe(num_blocks):
     engine.step()
     recorder = FlightRecorder(scheduler, 10)
     assert len(scheduler.running) == 40 and len(scheduler.block_manager._index) > num_blocks / 2
-    for name in ("_blocks", "_free", "_index"):  # C walks over these in one opcode
+    for name in ("_blocks", "_index"):  # C walks over these in one opcode
         setattr(scheduler.block_manager, name, None)
     num_opcodes = 0
 
