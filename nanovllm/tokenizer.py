@@ -101,10 +101,11 @@ class Tokenizer:
 
     def _encode_in_text(self, text: str) -> list[int]:
         """Ids of `text` when it is not the beginning: some tokenizers write a space before the first word."""
-        anchor = self.encode("\n", add_special_tokens=False)
-        anchored = self.encode("\n" + text, add_special_tokens=False)
-        if anchored[: len(anchor)] == anchor:
-            return anchored[len(anchor) :]
+        for before in ("\n", ".", "\x01"):  # one that does not grow together with the text
+            anchor = self.encode(before, add_special_tokens=False)
+            anchored = self.encode(before + text, add_special_tokens=False)
+            if anchored[: len(anchor)] == anchor:
+                return anchored[len(anchor) :]
         return self.encode(text, add_special_tokens=False)
 
     def encode_literally(self, text: str) -> list[int]:
@@ -115,6 +116,9 @@ class Tokenizer:
             token_ids += self._encode_in_text(text[start : match.start() + 1])
             start = match.start() + 1
         return token_ids + self._encode_in_text(text[start:])
+
+    def has_special_spelling(self, text: str) -> bool:
+        return self._special_spellings.search(text) is not None
 
     @cached_property
     def _special_spellings(self) -> re.Pattern[str]:

@@ -214,6 +214,14 @@ def test_words_are_found_glued_and_after_a_space(tmp_path):
     assert spelled == ["fox", "▁fox"]
 
 
+@pytest.mark.parametrize("backend", [byte_level_backend, sentencepiece_backend])
+def test_a_text_inside_of_another_keeps_its_spaces(tmp_path, backend):
+    """Line breaks and spaces may be one piece, then a line break cannot stand before a text to show how it is cut."""
+    ours = Tokenizer.from_folder(write_folder(tmp_path / "m", backend()))
+    for text in ("fox", " fox", "  fox", "   fox", "\n  fox", "a<s>  b", " "):
+        assert b"".join(map(ours.token_bytes, ours.encode_literally(text))) == text.encode()
+
+
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
     return Tokenizer.from_folder(write_folder(tmp_path_factory.mktemp("byte_level"), byte_level_backend()))

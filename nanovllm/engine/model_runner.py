@@ -142,7 +142,7 @@ class ModelRunner:
         hidden = self.model(input_ids, context)
         logits = self.model.compute_logits(hidden)
         places = step.sample_rows, step.sample_positions, self.state.token_ids
-        draw_tokens(logits, step.inverse_temperature, step.keys, *places, token_ids)
+        draw_tokens(logits, step.inverse_temperature, step.keys, *places, token_ids, held=step.held)
         return logits
 
     def prepare_graphs(self, backend: TritonAttention, max_num_seqs: int, max_tokens: int) -> CudaGraphs:
@@ -157,7 +157,7 @@ class ModelRunner:
         if self.graphs is None:
             return None
         inverse_temperature, keys, is_plain = self.sampler.plain_operands(*_sampled_places(batch))
-        bucket = self.graphs.fill(batch, inverse_temperature, keys)
+        bucket = self.graphs.fill(batch, inverse_temperature, keys, is_held=bool(batch.matchers) or not is_plain)
         return bucket and (bucket, is_plain)
 
     def _replay(self, batch: ScheduledBatch, bucket: Bucket, is_plain: bool) -> PendingStep:
@@ -165,7 +165,7 @@ class ModelRunner:
         if not is_plain:
             return self._draw(batch, replayed.logits)
         if batch.matchers:
-            return PendingStep(batch.step, replayed.draw_again, lambda: replayed.allowed.begin(batch.matchers))
+            return PendingStep(batch.step, replayed.draw_under_masks, lambda: replayed.allowed.begin(batch.matchers))
         return PendingStep(batch.step).send(replayed.token_ids)
 
     def _score_prompts(self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor) -> dict[int, list[BatchLogprobs]]:

@@ -27,11 +27,13 @@ def draw_tokens(
     token_ids: Tensor,
     masks: Tensor | None = None,
     mask_lines: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> None:
     """Write one token per sample to `token_ids`, [S] int64, and to `token_table[rows, positions]`; -1 there as 0.
 
     logits: [S, V]; inverse_temperature: [S] float32; keys, rows, positions: [S] int32. Under grammars only tokens whose bit
     is set: masks: [m, num_mask_words] int32, token t is bit t % 32 of word t // 32; mask_lines: [S] int32, -1 without a mask.
+    held: [1] int32; where it is not 0 nothing is drawn or written.
     """
     num_samples, vocab_size = logits.shape
     num_tiles = triton.cdiv(vocab_size, TILE)
@@ -43,6 +45,7 @@ def draw_tokens(
         keys,
         masks,
         mask_lines,
+        held,
         best,
         best_id,
         logits.stride(0),
@@ -59,6 +62,7 @@ def draw_tokens(
         positions,
         token_table,
         token_ids,
+        held,
         token_table.stride(0),
         num_tiles,
         triton.next_power_of_2(num_tiles),
@@ -83,6 +87,7 @@ def _reduce_tile_kernel(
     key_ptr,
     mask_ptr,
     mask_line_ptr,
+    held_ptr,
     best_ptr,
     best_id_ptr,
     stride,
@@ -91,6 +96,9 @@ def _reduce_tile_kernel(
     num_tiles,
     TILE: tl.constexpr,
 ):
+    if held_ptr is not None:  # noqa: SIM102 - of an `and` both sides would be compiled
+        if tl.load(held_ptr) != 0:
+            return
     sample, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
     logit = tl.load(logits_ptr + sample * stride + token, token < vocab_size, other=float("-inf")).to(tl.float32)
@@ -132,8 +140,11 @@ def score_of(score, draw):
 
 @triton.jit
 def _reduce_row_kernel(
-    best_ptr, best_id_ptr, row_ptr, position_ptr, table_ptr, token_ptr, table_stride, num_tiles, BLOCK: tl.constexpr
+    best_ptr, best_id_ptr, row_ptr, position_ptr, table_ptr, token_ptr, held_ptr, table_stride, num_tiles, BLOCK: tl.constexpr
 ):
+    if held_ptr is not None:  # noqa: SIM102 - of an `and` both sides would be compiled
+        if tl.load(held_ptr) != 0:
+            return
     sample = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, BLOCK)
     score = tl.load(best_ptr + sample * num_tiles + tile, tile < num_tiles, other=float("-inf"))

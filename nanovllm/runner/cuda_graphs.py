@@ -44,6 +44,7 @@ class StepTensors:
     sample_positions: Tensor  # [S], that the drawn tokens take
     inverse_temperature: Tensor  # [S] float32, 0 for greedy
     keys: Tensor  # [S]
+    held: Tensor  # [1], 1 where the tokens are drawn afterwards, not by the graph
     plan: TritonPlan
     needed_plan: TritonPlan | None  # of the tokens that draw, for the last layer; None where all do
 
@@ -76,6 +77,7 @@ class Bucket:
             ("decode_items", (self.num_decode_items, ITEM_FIELDS)),
             ("prompt_items", (self.num_prompt_items, ITEM_FIELDS)),
             ("needed_items", (0 if self.is_decode else self.num_decode_items, ITEM_FIELDS)),
+            ("held", (1,)),
         ]
 
     @cached_property
@@ -113,6 +115,24 @@ class Staging:
         self._copied[place].record()
 
 
+class SideStaging(Staging):
+    """Whose copies go beside the current stream's work, here a forward pass; what comes after `send` waits for them."""
+
+    def __init__(self, num_words: int, device: torch.device) -> None:
+        super().__init__(num_words)
+        self._stream, self._used = torch.cuda.Stream(device), torch.cuda.Event()
+
+    def send(self, target: Tensor) -> None:
+        self._stream.wait_event(self._used)
+        with torch.cuda.stream(self._stream):
+            super().send(target)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def note_use(self) -> None:
+        """The next copy waits for the stream's work until now."""
+        self._used.record()
+
+
 def decode_sizes(max_num_seqs: int) -> list[int]:
     """1, 2, 4, then every 8 up to 64, every 16 up to 256, every 64 beyond; the last is always `max_num_seqs`."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 1, 64)]
@@ -133,7 +153,7 @@ class MaskBuffer:
         self._first_mask = -(-max_num_samples // 4) * 4  # aligned to 16 bytes
         num_words = self._first_mask + max_num_samples * self._num_mask_words
         self._buffer = torch.full((num_words,), -1, dtype=torch.int32, device=device)
-        self._staging = Staging(num_words)
+        self._staging = SideStaging(num_words, device)
         self.lines = self._buffer[:max_num_samples]  # [max_num_samples] of each sample, -1 without a mask
         self.masks = self._buffer[self._first_mask :].view(max_num_samples, -1)  # [max_num_samples, num_mask_words]
 
@@ -146,6 +166,10 @@ class MaskBuffer:
         """Wait for the masks, and start their copy."""
         self._finish()
         self._staging.send(self._buffer[: self._num_words])
+
+    def note_draw(self) -> None:
+        """The masks are needed no longer when the stream has come to here."""
+        self._staging.note_use()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +184,14 @@ class Replayed:
     draw: torch.cuda.CUDAGraph | None = None  # of `draw_allowed`
 
     @torch.inference_mode()
-    def draw_again(self) -> SampledTokens:
-        """Over the tokens that the graph has drawn: under the masks that `allowed` has begun to write."""
+    def draw_under_masks(self) -> SampledTokens:
+        """What the graph has left: under the masks that `allowed` has begun to write."""
         self.allowed.send()
         if self.draw is None:
             self.draw_allowed()
         else:
             self.draw.replay()
+        self.allowed.note_draw()
         return SampledTokens(self.token_ids, None)
 
     def draw_allowed(self) -> None:
@@ -235,7 +260,7 @@ class CudaGraphs:
         """Run steps that need every variant of the kernels: they differ by the number of tokens."""
         for bucket in [*self.decode_buckets[:4], *self.mixed_buckets]:
             self._allowed.begin({0: AnyToken()})
-            self.run_padding(bucket).draw_again()
+            self.run_padding(bucket).draw_under_masks()
         torch.cuda.synchronize(self.device)
 
     def run_padding(self, bucket: Bucket) -> Replayed:
@@ -294,10 +319,10 @@ class CudaGraphs:
 
     # --- replay
 
-    def fill(self, batch: ScheduledBatch, inverse_temperature: np.ndarray, keys: np.ndarray) -> Bucket | None:
+    def fill(self, batch: ScheduledBatch, inverse_temperature: np.ndarray, keys: np.ndarray, is_held: bool) -> Bucket | None:
         """Write the inputs of a step on the host. Returns the bucket to replay; None when no captured one fits.
 
-        inverse_temperature: [num_samples] float32; keys: [num_samples] int32.
+        inverse_temperature: [num_samples] float32; keys: [num_samples] int32. `is_held`: the graph is not to draw.
         """
         bucket = self._find(batch)
         if bucket is None:
@@ -312,6 +337,7 @@ class CudaGraphs:
             self._fill(parts, batch)
         parts["inverse_temperature"][: len(keys)] = inverse_temperature.view(np.int32)
         parts["keys"][: len(keys)] = keys
+        parts["held"][0] = is_held
         return bucket
 
     def replay(self, bucket: Bucket, num_samples: int) -> Replayed:

@@ -210,6 +210,15 @@ class TestSampling:
         draw_tokens(logits, inverse, keys, rows, torch.ones_like(rows), table, tokens, masks, lines.to(device))
         assert torch.equal(tokens, expected) and torch.equal(table[:, 0], table[:, 1])
 
+    @pytest.mark.parametrize("held", [0, 1])
+    def test_a_held_draw_writes_nothing(self, device, held):
+        rows = torch.arange(3, dtype=torch.int32, device=device)
+        logits, ones = torch.randn(3, 5000, device=device), torch.ones(3, device=device)
+        tokens, table = torch.full((3,), -7, device=device), torch.full((3, 2), -7, dtype=torch.int32, device=device)
+        flag = torch.tensor([held], dtype=torch.int32, device=device)
+        draw_tokens(logits, ones, rows, rows, torch.zeros_like(rows), table, tokens, held=flag)
+        assert ((tokens == -7) == bool(held)).all() and ((table[:, 0] == -7) == bool(held)).all()
+
     def test_grammars_and_logits_that_are_not_finite(self, device):
         logits = torch.zeros(4, 5000, device=device)
         logits[0], logits[1, 7], logits[2, 4000] = -math.inf, math.nan, math.inf

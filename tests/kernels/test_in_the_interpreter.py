@@ -69,7 +69,7 @@ class EveryThird:
 
 
 class Staging:
-    def __init__(self, num_words: int) -> None:
+    def __init__(self, num_words: int, device: torch.device | None = None) -> None:
         self.words = np.zeros(num_words, np.int32)
 
     def place(self, num_words: int) -> np.ndarray:
@@ -77,6 +77,9 @@ class Staging:
 
     def send(self, target: torch.Tensor) -> None:
         target.copy_(torch.from_numpy(self.words[: len(target)]))
+
+    def note_use(self) -> None:
+        pass
 
 
 class Graph:
@@ -101,7 +104,7 @@ def warm_up(runner: Any, backend: TritonAttention, config: EngineConfig, plan: A
     graphs = runner.prepare_graphs(backend, config.max_num_seqs, config.max_num_batched_tokens)
     runner.kv_caches = make_kv_caches(platform, backend, plan, spec, dtype)
     graphs._allowed.begin({0: AnyToken()})
-    graphs.run_padding(graphs.decode_buckets[0]).draw_again()
+    graphs.run_padding(graphs.decode_buckets[0]).draw_under_masks()
     if not config.enforce_eager:
         graphs.capture_all()
         runner.graphs = graphs
@@ -135,7 +138,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"nanovllm.kernels.{name}.use_kernel", lambda *_: True)
         for signal in ("gdc_wait", "gdc_launch_dependents"):  # one kernel after another: nothing to wait for
             monkeypatch.setattr(f"nanovllm.kernels.{name}.{signal}", lambda: None)
-    monkeypatch.setattr(cuda_graphs, "Staging", Staging)
+    for name in ("Staging", "SideStaging"):
+        monkeypatch.setattr(cuda_graphs, name, Staging)
     monkeypatch.setattr(CudaGraphs, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     send = PendingStep.send  # a device copies in the order of its stream; here the next replay would be faster

@@ -1,0 +1,134 @@
+"""llguidance's own tokenizer in the place of ours: only where it does the same, and then it cannot be told apart."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+
+import llguidance
+import pytest
+import tokenizers
+from structured.model import PERSON, allowed_tokens, schema
+from test_tokenizer import byte_level_backend, sentencepiece_backend, unigram_backend
+
+from nanovllm import LLM, StructuredOutput
+from nanovllm.structured.llguidance_backend import LLGuidanceGrammar, _VocabularyView
+from nanovllm.structured.native_tokenizer import PROBES, native_tokenizer
+from nanovllm.tokenizer import Tokenizer
+from nanovllm.tokenizer_files import TokenizerParts
+
+STRUCTURED = [
+    schema(**PERSON),
+    StructuredOutput("json_object"),
+    StructuredOutput("regex", r"[0-9]{4}-[0-9]{2} (fox|the lazy dog)+"),
+    StructuredOutput("choice", ["the quick brown fox", "the quick brown dogs", "<|im_start|>user"]),
+    StructuredOutput("grammar", 'start: NUM (" plus " NUM){3,}\nNUM: /[0-9]{1,3}/'),
+]
+
+
+def tokenizer_of(backend: tokenizers.Tokenizer) -> Tokenizer:
+    return Tokenizer(TokenizerParts(backend))
+
+
+def view_of(tokenizer: Tokenizer, num_unused: int = 7) -> _VocabularyView:
+    end = tokenizer.token_to_id("</s>")
+    assert end is not None
+    return _VocabularyView(tokenizer, tokenizer.vocab_size + num_unused, [end])
+
+
+def native_of(tokenizer: Tokenizer, view: _VocabularyView) -> object | None:
+    return native_tokenizer(llguidance, tokenizer.to_json(), view, [view.eos_token_id])
+
+
+class TestWhetherItStandsForOurs:
+    def test_on_the_real_model_it_does(self, llm: LLM):
+        assert llm.engine._door._grammar._native_vocabulary is not None  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize("backend", [byte_level_backend, sentencepiece_backend])
+    def test_on_both_kinds_that_models_have_it_does(self, backend: Callable[[], tokenizers.Tokenizer]):
+        tokenizer = tokenizer_of(backend())
+        native = native_of(tokenizer, view_of(tokenizer))
+        assert native is not None
+        for text in ("the quick brown fox", "</s>", "a<s>b</s>", *PROBES):
+            token_ids = native.tokenize_str(text)  # type: ignore[attr-defined]
+            assert native.decode_bytes(token_ids) == text.encode()  # type: ignore[attr-defined]
+            assert not set(token_ids) & tokenizer.special_token_ids, "written out they are plain text"
+
+    def test_a_kind_that_it_does_not_read(self):
+        tokenizer = tokenizer_of(unigram_backend())
+        assert native_of(tokenizer, view_of(tokenizer)) is None
+
+    def test_one_token_whose_bytes_differ(self):
+        tokenizer = tokenizer_of(byte_level_backend())
+        view = view_of(tokenizer)
+        token_id = tokenizer.token_to_id("Ġt") or tokenizer.token_to_id("a")
+        assert token_id is not None
+        view.tokens[token_id] += b"?"
+        assert native_of(tokenizer, view) is None
+
+    def test_two_tokens_that_differ_only_in_where_one_ends(self):
+        tokenizer = tokenizer_of(byte_level_backend())
+        view = view_of(tokenizer)
+        long = next(i for i, text in enumerate(view.tokens) if len(text) > 1 and i not in tokenizer.special_token_ids)
+        view.tokens[long : long + 2] = view.tokens[long][:1], view.tokens[long][1:] + view.tokens[long + 1]
+        assert native_of(tokenizer, view) is None
+
+    def test_a_token_that_is_special_only_to_one(self):
+        tokenizer = tokenizer_of(byte_level_backend())
+        view = view_of(tokenizer)
+        view.special_token_ids.append(5)
+        assert native_of(tokenizer, view) is None
+
+    def test_a_text_that_is_cut_elsewhere(self, monkeypatch: pytest.MonkeyPatch):
+        tokenizer = tokenizer_of(byte_level_backend())
+        encode = Tokenizer.encode_literally
+        last = PROBES[-3]
+        monkeypatch.setattr(Tokenizer, "encode_literally", lambda self, text: [*encode(self, text), *[0] * (text == last)])
+        assert native_of(tokenizer, view_of(tokenizer)) is None
+
+
+@pytest.mark.parametrize("structured", STRUCTURED, ids=lambda one: one.kind)
+def test_it_cannot_be_told_apart(llm: LLM, structured: StructuredOutput):
+    """Random walks over SmolLM2's vocabulary: the same masks, so the same tokens where one text is forced."""
+    grammar = llm.engine._door._grammar
+    assert isinstance(grammar, LLGuidanceGrammar)
+    by_python = LLGuidanceGrammar(grammar._tokenizer, grammar._vocab_size, grammar._end_token_ids)
+    by_python._native_vocabulary = None
+    for seed in range(3):
+        choose, matchers = random.Random(seed), [grammar.compile(structured), by_python.compile(structured)]
+        for _ in range(60):
+            allowed, expected = (allowed_tokens(matcher, grammar._vocab_size) for matcher in matchers)
+            assert allowed == expected
+            token_id = choose.choice(allowed)
+            reasons = [matcher.accept(token_id) for matcher in matchers]
+            assert reasons[0] == reasons[1]
+            if reasons[0] is not None:
+                break
+
+
+@pytest.mark.parametrize("backend", [byte_level_backend, sentencepiece_backend])
+def test_a_grammar_may_call_for_a_special_token_by_name(backend: Callable[[], tokenizers.Tokenizer]):
+    tokenizer = tokenizer_of(backend())
+    end, start = tokenizer.token_to_id("</s>"), tokenizer.token_to_id("<s>")
+    assert end is not None and start is not None
+    grammar = LLGuidanceGrammar(tokenizer, tokenizer.vocab_size, [end])
+    matcher = grammar.compile(StructuredOutput("grammar", 'start: <s> "fox"'))
+    assert allowed_tokens(matcher, tokenizer.vocab_size) == [start]
+
+
+def test_names_of_special_tokens_cannot_be_guessed():
+    tokenizer = tokenizer_of(byte_level_backend())
+    description = json.loads(tokenizer.to_json())
+    named = {token["content"] for token in description["added_tokens"]}
+    view, seen = view_of(tokenizer), []
+
+    class Library:
+        @staticmethod
+        def LLTokenizer(text: str, **_: object) -> None:
+            seen.append({token["content"] for token in json.loads(text)["added_tokens"]})
+            raise ValueError("of no kind that I read")
+
+    for _ in range(2):
+        assert native_tokenizer(Library, tokenizer.to_json(), view, [view.eos_token_id]) is None
+    assert not seen[0] & (named | seen[1]) and all(len(name) > 32 for name in seen[0])
