@@ -30,6 +30,7 @@ class StopStrings:
         for string in strings:
             self._insert(string)
         self._link()
+        self.first_characters = self._next[0].keys()
 
     def advance(self, state: int, character: str) -> int:
         """The state after one more character."""
@@ -126,6 +127,8 @@ class IncrementalDetokenizer:
     def _scan(self, stops: StopStrings, text: str) -> str:
         """Read new text; return what can be released, and keep the rest in `_held`."""
         state = self._state
+        if state == 0 and stops.first_characters.isdisjoint(text):
+            return text  # no stop string begins here, and nothing is held
         may_stop = self.num_tokens >= self._min_tokens
         for index, character in enumerate(text):
             state = stops.advance(state, character)

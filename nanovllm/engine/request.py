@@ -32,7 +32,7 @@ class Request:
         output = GenerationOutput(first.request_id, prompt, list(first.token_ids), completions, metrics)
         detokenizers = []
         if tokenizer is not None:
-            stop_strings = StopStrings(params.stop)
+            stop_strings = StopStrings(params.stop) if params.stop else None
             detokenizers = [IncrementalDetokenizer(tokenizer, params, stop_strings) for _ in sequences]
         return cls(sequences, output, detokenizers, len(sequences))
 
