@@ -18,6 +18,7 @@ from typing import Any
 from nanovllm import LLM, SamplingParams, StructuredOutput
 from nanovllm.bench.record import write_record
 from nanovllm.structured.llguidance_backend import LLGuidanceMatcher
+from nanovllm.structured.mask_budget import MaskBudget
 
 FORMS = {
     "none": None,
@@ -42,6 +43,8 @@ FORMS = {
 
 
 def step_ms(llm: LLM, structured: StructuredOutput | None, num_sequences: int, num_tokens: int) -> float:
+    grammar = llm.engine._door._grammar
+    grammar._budget = MaskBudget(num_threads=grammar._budget.num_threads)  # type: ignore  # nobody pays for the form before
     params = [
         SamplingParams(temperature=0.7, seed=seed, max_tokens=num_tokens, ignore_eos=True, structured=structured)
         for seed in range(num_sequences)
@@ -57,7 +60,7 @@ def step_ms(llm: LLM, structured: StructuredOutput | None, num_sequences: int, n
 def parts_us(llm: LLM, structured: StructuredOutput, num_sequences: int, num_tokens: int) -> dict[str, float]:
     """Medians of the processor time of a call, all of them by the engine's thread."""
     budget = llm.engine._door._grammar._budget  # type: ignore[union-attr]
-    num_threads, budget.num_threads = budget.num_threads, 1
+    num_threads, budget.num_threads = budget.num_threads, 1  # which the run takes over
     times: dict[str, list[float]] = defaultdict(list)
     originals = {name: getattr(LLGuidanceMatcher, name) for name in ("fill_mask", "accept")}
 
@@ -76,7 +79,7 @@ def parts_us(llm: LLM, structured: StructuredOutput, num_sequences: int, num_tok
             setattr(LLGuidanceMatcher, name, timed(name))
         step_ms(llm, structured, num_sequences, num_tokens)
     finally:
-        budget.num_threads = num_threads
+        llm.engine._door._grammar._budget = MaskBudget(num_threads=num_threads)  # type: ignore[union-attr]
         for name, original in originals.items():
             setattr(LLGuidanceMatcher, name, original)
     return {
