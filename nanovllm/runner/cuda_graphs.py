@@ -108,11 +108,12 @@ class Staging:
         self._copied[self._next].synchronize()
         return self._arrays[self._next][:num_words]
 
-    def send(self, target: Tensor) -> None:
-        """Start the copy of what was written to `place`."""
+    def send(self, target: Tensor) -> torch.cuda.Event:
+        """Start the copy of what was written to `place`. The event comes after it."""
         place, self._next = self._next, (self._next + 1) % len(self._buffers)
         target.copy_(self._buffers[place][: len(target)], non_blocking=True)
         self._copied[place].record()
+        return self._copied[place]
 
 
 class SideStaging(Staging):
@@ -122,11 +123,16 @@ class SideStaging(Staging):
         super().__init__(num_words)
         self._stream, self._used = torch.cuda.Stream(device), torch.cuda.Event()
 
-    def send(self, target: Tensor) -> None:
+    def send(self, target: Tensor) -> torch.cuda.Event:
+        current = torch.cuda.current_stream()
         self._stream.wait_event(self._used)
-        with torch.cuda.stream(self._stream):
-            super().send(target)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.set_stream(self._stream)  # 30 us in all; by torch's context manager and `wait_stream` 95
+        try:
+            copied = super().send(target)
+        finally:
+            torch.cuda.set_stream(current)
+        current.wait_event(copied)
+        return copied
 
     def note_use(self) -> None:
         """The next copy waits for the stream's work until now."""
