@@ -219,6 +219,6 @@ def test_a_servers_engine_has_looked_at_the_vocabulary_before_it_is_ready():
     """It holds Python's lock: with the first request all others would stand still, for a second on large vocabularies."""
     served = engine_main.build(EngineConfig(num_threads=1, num_kv_blocks=64))
     try:
-        assert vars(served.grammar)["_native_vocabulary"] is not None
+        assert "_vocabulary" in vars(served.grammar)
     finally:
         served.engine.close()

@@ -22,7 +22,7 @@ STRUCTURED = [
     schema(**PERSON),
     StructuredOutput("json_object"),
     StructuredOutput("regex", r"[0-9]{4}-[0-9]{2} (fox|the lazy dog)+"),
-    StructuredOutput("choice", ["the quick brown fox", "the quick brown dogs", "<|im_start|>user"]),
+    StructuredOutput("choice", ["the quick brown fox", "the quick brown dogs", "<div>naïve café, 你好</div>"]),
     StructuredOutput("grammar", 'start: NUM (" plus " NUM){3,}\nNUM: /[0-9]{1,3}/'),
 ]
 
@@ -41,9 +41,20 @@ def native_of(tokenizer: Tokenizer, view: _VocabularyView) -> object | None:
     return native_tokenizer(llguidance, tokenizer.to_json(), view, [view.eos_token_id])
 
 
+def real_grammar(llm: LLM, num_threads: int) -> LLGuidanceGrammar:
+    of_engine = llm.engine._door._grammar
+    assert isinstance(of_engine, LLGuidanceGrammar)
+    return LLGuidanceGrammar(of_engine._tokenizer, of_engine._vocab_size, of_engine._end_token_ids, num_threads)
+
+
 class TestWhetherItStandsForOurs:
     def test_on_the_real_model_it_does(self, llm: LLM):
-        assert llm.engine._door._grammar._native_vocabulary is not None  # type: ignore[union-attr]
+        grammar = real_grammar(llm, num_threads=2)
+        grammar.prepare(StructuredOutput("json_object"))  # as a server does before it is ready
+        assert vars(grammar)["_native_vocabulary"] is not None and "_vocabulary" not in vars(grammar)
+
+    def test_one_thread_needs_none(self, llm: LLM):
+        assert real_grammar(llm, num_threads=1)._native_vocabulary is None
 
     @pytest.mark.parametrize("backend", [byte_level_backend, sentencepiece_backend])
     def test_on_both_kinds_that_models_have_it_does(self, backend: Callable[[], tokenizers.Tokenizer]):
@@ -91,10 +102,8 @@ class TestWhetherItStandsForOurs:
 @pytest.mark.parametrize("structured", STRUCTURED, ids=lambda one: one.kind)
 def test_it_cannot_be_told_apart(llm: LLM, structured: StructuredOutput):
     """Random walks over SmolLM2's vocabulary: the same masks, so the same tokens where one text is forced."""
-    grammar = llm.engine._door._grammar
-    assert isinstance(grammar, LLGuidanceGrammar)
-    by_python = LLGuidanceGrammar(grammar._tokenizer, grammar._vocab_size, grammar._end_token_ids)
-    by_python._native_vocabulary = None
+    grammar, by_python = real_grammar(llm, num_threads=2), real_grammar(llm, num_threads=1)
+    assert grammar._native_vocabulary is not None
     for seed in range(3):
         choose, matchers = random.Random(seed), [grammar.compile(structured), by_python.compile(structured)]
         for _ in range(60):
@@ -112,7 +121,8 @@ def test_a_grammar_may_call_for_a_special_token_by_name(backend: Callable[[], to
     tokenizer = tokenizer_of(backend())
     end, start = tokenizer.token_to_id("</s>"), tokenizer.token_to_id("<s>")
     assert end is not None and start is not None
-    grammar = LLGuidanceGrammar(tokenizer, tokenizer.vocab_size, [end])
+    grammar = LLGuidanceGrammar(tokenizer, tokenizer.vocab_size, [end], num_threads=2)
+    assert grammar._native_vocabulary is not None
     matcher = grammar.compile(StructuredOutput("grammar", 'start: <s> "fox"'))
     assert allowed_tokens(matcher, tokenizer.vocab_size) == [start]
 
