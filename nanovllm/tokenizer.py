@@ -101,12 +101,18 @@ class Tokenizer:
 
     def _encode_in_text(self, text: str) -> list[int]:
         """Ids of `text` when it is not the beginning: some tokenizers write a space before the first word."""
+        alone = self.encode(text, add_special_tokens=False)
+        if self._writes(alone, text):
+            return alone
         for before in ("\n", ".", "\x01"):  # one that does not grow together with the text
             anchor = self.encode(before, add_special_tokens=False)
             anchored = self.encode(before + text, add_special_tokens=False)
-            if anchored[: len(anchor)] == anchor:
+            if anchored[: len(anchor)] == anchor and self._writes(anchored[len(anchor) :], text):
                 return anchored[len(anchor) :]
-        return self.encode(text, add_special_tokens=False)
+        return alone
+
+    def _writes(self, token_ids: Sequence[int], text: str) -> bool:
+        return b"".join(map(self.token_bytes, token_ids)) == text.encode()
 
     def encode_literally(self, text: str) -> list[int]:
         """Ids of `text` inside a longer one, in which special tokens that are written out stay plain text."""
@@ -116,9 +122,6 @@ class Tokenizer:
             token_ids += self._encode_in_text(text[start : match.start() + 1])
             start = match.start() + 1
         return token_ids + self._encode_in_text(text[start:])
-
-    def has_special_spelling(self, text: str) -> bool:
-        return self._special_spellings.search(text) is not None
 
     @cached_property
     def _special_spellings(self) -> re.Pattern[str]:

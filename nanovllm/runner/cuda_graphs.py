@@ -126,8 +126,8 @@ class SideStaging(Staging):
     def send(self, target: Tensor) -> torch.cuda.Event:
         current = torch.cuda.current_stream()
         self._stream.wait_event(self._used)
-        torch.cuda.set_stream(self._stream)  # 30 us in all; by torch's context manager and `wait_stream` 95
         try:
+            torch.cuda.set_stream(self._stream)  # 33 us in all; by torch's context manager and `wait_stream` 95
             copied = super().send(target)
         finally:
             torch.cuda.set_stream(current)

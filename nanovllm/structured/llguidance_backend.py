@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
@@ -21,13 +22,14 @@ from typing import Any
 import numpy as np
 
 from nanovllm.errors import InvalidGrammar
+from nanovllm.log import logger
 from nanovllm.sampling_params import StructuredOutput
 from nanovllm.structured.after_mark import AfterMark, MarkMasks
 from nanovllm.structured.base import BITS, Matcher, num_mask_words
 from nanovllm.structured.limits import check_limits
 from nanovllm.structured.mask_budget import MaskBudget
 from nanovllm.structured.mask_threads import mask_threads
-from nanovllm.structured.native_tokenizer import native_tokenizer
+from nanovllm.structured.native_tokenizer import added_spellings, native_tokenizer
 from nanovllm.tokenizer import Tokenizer
 
 MAX_LEXER_STATES = 50_000  # of one sequence, 1 to 2 kB each
@@ -199,6 +201,7 @@ class LLGuidanceGrammar:
     def prepare(self, structured: StructuredOutput) -> None:
         """From the first time on `compile` compiles only what is not there: whoever prepares adds the copies for threads."""
         self._is_prepared = True
+        _ = self._vocabulary  # some grammars need it, whatever the others use
         self._strands(replace(structured, after=None, opened_by=None), may_add=True)
         self.compile(structured)  # the masks of its mark
 
@@ -230,15 +233,13 @@ class LLGuidanceGrammar:
         return AfterMark(inner, masks, at_once)
 
     def _compile(self, structured: StructuredOutput) -> LLGuidanceMatcher:
-        library, vocabulary = self._library, self._vocabulary_for(structured)
+        vocabulary = self._vocabulary_for(structured)
         started = time.thread_time()
-        limits = library.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-        try:
-            inner = library.LLMatcher(vocabulary, _translate(structured, library), log_level=0, limits=limits)
-        except Exception as error:
-            raise InvalidGrammar(f"{structured.kind}: {_first_part(str(error))}") from None
-        if inner.is_error():
-            raise InvalidGrammar(f"{structured.kind}: {_first_part(inner.get_error())}")
+        inner = None
+        with suppress(InvalidGrammar):
+            inner = self._parse(structured, vocabulary)
+        if inner is None:
+            inner = self._parse(structured, self._vocabulary)  # in whose message special tokens have their own names
         unused = MaskBudget()  # this mask counts as compilation
         matcher = LLGuidanceMatcher(inner, self._end_token_ids, True, unused, next(self._strand_numbers))
         first = matcher.fork(True, unused)
@@ -248,6 +249,17 @@ class LLGuidanceGrammar:
         if time.thread_time() - started > MAX_COMPILE_SECONDS:
             raise InvalidGrammar(f"{structured.kind}: it takes longer than {MAX_COMPILE_SECONDS:g} seconds to compile")
         return matcher
+
+    def _parse(self, structured: StructuredOutput, vocabulary: Any) -> Any:
+        library = self._library
+        limits = library.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        try:
+            inner = library.LLMatcher(vocabulary, _translate(structured, library), log_level=0, limits=limits)
+        except Exception as error:
+            raise InvalidGrammar(f"{structured.kind}: {_first_part(str(error))}") from None
+        if inner.is_error():
+            raise InvalidGrammar(f"{structured.kind}: {_first_part(inner.get_error())}")
+        return inner
 
     @cached_property
     def _library(self) -> Any:
@@ -264,38 +276,61 @@ class LLGuidanceGrammar:
         return _VocabularyView(self._tokenizer, self._vocab_size, self._end_token_ids)
 
     def _vocabulary_for(self, structured: StructuredOutput) -> Any:
-        """Only the one by Python knows special tokens by name, which a grammar may call for."""
-        is_named = structured.kind == "grammar" and self._tokenizer.has_special_spelling(structured.text)
-        return self._vocabulary if is_named or self._native_vocabulary is None else self._native_vocabulary
+        """Only the one by Python knows special tokens by name, which a grammar may call for, and writes `<tool_call>` as one."""
+        texts = structured.choices or (structured.text,)
+        is_ours = any(spelling in text for text in texts for spelling in self._spellings_of_ours)
+        return self._vocabulary if is_ours or self._native_vocabulary is None else self._native_vocabulary
+
+    @cached_property
+    def _spellings_of_ours(self) -> list[str]:
+        tokens = map(self._tokenizer.id_to_token, self._tokenizer.special_token_ids)
+        return [*filter(None, tokens), *added_spellings(self._tokenizer.to_json())]
 
     @cached_property
     def _native_vocabulary(self) -> Any | None:
         """For threads, which need not wait for Python's lock then. Two seconds for 150,000 tokens."""
         if self._budget.num_threads == 1:
             return None
-        return native_tokenizer(self._library, self._tokenizer.to_json(), self._view, self._end_token_ids)
+        native = native_tokenizer(self._library, self._tokenizer.to_json(), self._view, self._end_token_ids)
+        if native is None:
+            logger.info("grammars: llguidance's own tokenizer differs from this model's; large batches of grammars are slower")
+        return native
 
     @cached_property
     def _vocabulary(self) -> Any:
         """A tenth of a second for 49,000 tokens."""
         wrapper = self._library.TokenizerWrapper(self._view)
-        return self._library.LLTokenizer(wrapper, n_vocab=self._vocab_size, eos_token=list(self._end_token_ids))
+        vocabulary = self._library.LLTokenizer(wrapper, n_vocab=self._vocab_size, eos_token=list(self._end_token_ids))
+        self._view.encode_anyhow = vocabulary.greedy_tokenize
+        return vocabulary
 
 
 class _VocabularyView:
     """What llguidance's TokenizerWrapper reads. Special tokens are listed, so that no text can spell them."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_token_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
         self.bos_token_id = tokenizer.bos_token_id
         self.eos_token_id = end_token_ids[0]
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
         special = {*tokenizer.special_token_ids, *end_token_ids}
         self.special_token_ids = sorted(token_id for token_id in special if token_id < vocab_size)
+        self._special = set(self.special_token_ids)
+        self.encode = tokenizer.encode_literally
+        self.encode_anyhow: Callable[[str], list[int]] = self.encode
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Where only one text is possible, the model gets the tokens that it would have been trained on."""
-        return self._tokenizer.encode_literally(text if isinstance(text, str) else text.decode())
+        """Where only one text is possible, the model gets the tokens that it would have been trained on.
+
+        If they write that text: some tokenizers change it, to a normal form of Unicode say, and forget how it was.
+        """
+        text = text if isinstance(text, str) else text.decode()
+        token_ids = self.encode(text)
+        return token_ids if self.writes(token_ids, text) else self.encode_anyhow(text)
+
+    def writes(self, token_ids: Sequence[int], text: str) -> bool:
+        if not self._special.isdisjoint(token_ids):
+            return False
+        return b"".join([self.tokens[token_id] for token_id in token_ids]) == text.encode()
 
 
 def _translate(structured: StructuredOutput, library: Any) -> str:

@@ -14,6 +14,8 @@ from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 NO_TEXT = 0xFF  # the byte that llguidance puts before special tokens; text has none
+# They change a text before it is cut. What a grammar asks for is written as it is.
+CHANGING = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip"}
 PROBES = (
     '{"name": "',
     '","age":',
@@ -21,8 +23,9 @@ PROBES = (
     "2026-11-29T23:59:07.125Z +0100",
     "  indented twice,  and   thrice ",
     "The quick brown fox's DON'T isn't <b>bold</b>",
-    "Grüße, naïve café, Ελλάδα, Привет, 你好，世界, こんにちは, 안녕, नमस्ते",
+    "Grüße, naïve café, ÿ, Ελλάδα, Привет, 你好，世界, こんにちは, 안녕, नमस्ते",
     "🙂👩‍🚀 e\u0301 \u212b \ufb01 \u00a0|\u3000|",
+    "\n  \n.'s",
     "a",
     " ",
 )
@@ -34,27 +37,41 @@ class View(Protocol):
     tokens: list[bytes]
     special_token_ids: list[int]
 
-    def __call__(self, text: bytes | str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]: ...
+
+    def writes(self, token_ids: Sequence[int], text: str) -> bool: ...
 
 
 def native_tokenizer(library: Any, tokenizer_json: str, view: View, end_token_ids: Sequence[int]) -> Any | None:
-    """An `LLTokenizer` that equals `view`; None if there is none. Takes a second for 150,000 tokens."""
-    description = _without_spellings(json.loads(tokenizer_json), set(view.special_token_ids))
+    """An `LLTokenizer` that equals `view`; None if there is none. Takes a second for 150,000 tokens.
+
+    Its errors may name special tokens as they are called here. Nobody may see them: who knows a name can make a grammar write it.
+    """
+    description = _rewritten(json.loads(tokenizer_json), set(view.special_token_ids))
     if description is None:
         return None
     try:
         native = library.LLTokenizer(json.dumps(description), n_vocab=len(view.tokens), eos_token=list(end_token_ids))
-    except BaseException as error:  # also a panic, which is no Exception: of a kind that llguidance does not read
+        return native if _is_equal(native, view) else None
+    except BaseException as error:  # also a panic, which is no Exception: of a kind that one of the two does not read
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         return None
-    return native if _is_equal(native, view) else None
 
 
-def _without_spellings(description: dict[str, Any], special_token_ids: Collection[int]) -> dict[str, Any] | None:
+def added_spellings(tokenizer_json: str) -> list[str]:
+    """Of tokens that are no special ones but to llguidance, which goes by the look: `<tool_call>`. It cuts them into pieces."""
+    return [token["content"] for token in json.loads(tokenizer_json)["added_tokens"] if _looks_special(token)]
+
+
+def _looks_special(token: dict[str, Any]) -> bool:
+    return not token["special"] and token["content"].startswith("<") and token["content"].endswith(">")
+
+
+def _rewritten(description: dict[str, Any], special_token_ids: Collection[int]) -> dict[str, Any] | None:
     """With names for special tokens that nobody can know: written out in a text they stay plain text.
 
-    They cannot be left out: their ids would be beyond the vocabulary.
+    They cannot be left out: their ids would be beyond the vocabulary. What only looks special becomes an ordinary token.
     """
     model = description["model"]
     vocab = model.get("vocab")
@@ -63,22 +80,44 @@ def _without_spellings(description: dict[str, Any], special_token_ids: Collectio
     unguessable = secrets.token_hex(16)
     for token in description["added_tokens"]:
         if token["id"] in special_token_ids:
+            vocab.pop(token["content"], None)
             name = f"{unguessable}-{token['id']}"
-            if token["content"] in vocab:
-                vocab[name] = vocab.pop(token["content"])
             if model.get("unk_token") == token["content"]:
                 model["unk_token"] = name
             token["content"] = name
-    description["post_processor"] = None
-    return description
+        vocab[token["content"]] = token["id"]  # or those that follow one that is left out would be counted anew
+    ordinary = [token for token in description["added_tokens"] if token["id"] in special_token_ids or not _looks_special(token)]
+    normalizer = _without_changes(description["normalizer"])
+    return description | {"added_tokens": ordinary, "post_processor": None, "normalizer": normalizer}
+
+
+def _without_changes(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    if normalizer is None or normalizer["type"] in CHANGING:
+        return None
+    if normalizer["type"] != "Sequence":
+        return normalizer
+    parts = [part for part in map(_without_changes, normalizer["normalizers"]) if part is not None]
+    return {"type": "Sequence", "normalizers": parts} if parts else None
 
 
 def _is_equal(native: Any, view: View) -> bool:
     special = set(view.special_token_ids)
-    plain = [i for i, text in enumerate(view.tokens) if text and text[0] != NO_TEXT and i not in special]
+    plain = [(token_id, text) for token_id, text in enumerate(view.tokens) if token_id not in special]
     return (
-        all(native.decode_bytes([token_id]) == view.tokens[token_id] for token_id in plain)
-        and not any(map(native.is_special_token, plain))
-        and all(map(native.is_special_token, special))
-        and all(native.tokenize_str(text) == view(text) for text in PROBES)
+        all(map(native.is_special_token, special))
+        and all(_is_same_token(native, token_id, text) for token_id, text in plain)
+        and all(_is_cut_alike(native, view, text) for text in PROBES)
     )
+
+
+def _is_same_token(native: Any, token_id: int, text: bytes) -> bool:
+    """Special to llguidance alone may be what no tokenizer knows, and what is no text."""
+    if native.is_special_token(token_id):
+        return not text or text[0] == NO_TEXT
+    return native.decode_bytes([token_id]) == text
+
+
+def _is_cut_alike(native: Any, view: View, text: str) -> bool:
+    """If ours can write it at all: some change texts before they cut them."""
+    token_ids, ours = native.tokenize_str(text), view.encode(text)
+    return view.writes(token_ids, text) and (token_ids == ours or not view.writes(ours, text))

@@ -13,6 +13,7 @@ from structured.model import PERSON, allowed_tokens, schema
 from test_tokenizer import byte_level_backend, sentencepiece_backend, unigram_backend
 
 from nanovllm import LLM, StructuredOutput
+from nanovllm.errors import InvalidGrammar
 from nanovllm.structured.llguidance_backend import LLGuidanceGrammar, _VocabularyView
 from nanovllm.structured.native_tokenizer import PROBES, native_tokenizer
 from nanovllm.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ class TestWhetherItStandsForOurs:
     def test_on_the_real_model_it_does(self, llm: LLM):
         grammar = real_grammar(llm, num_threads=2)
         grammar.prepare(StructuredOutput("json_object"))  # as a server does before it is ready
-        assert vars(grammar)["_native_vocabulary"] is not None and "_vocabulary" not in vars(grammar)
+        assert vars(grammar)["_native_vocabulary"] is not None and "_vocabulary" in vars(grammar)
 
     def test_one_thread_needs_none(self, llm: LLM):
         assert real_grammar(llm, num_threads=1)._native_vocabulary is None
@@ -93,10 +94,40 @@ class TestWhetherItStandsForOurs:
 
     def test_a_text_that_is_cut_elsewhere(self, monkeypatch: pytest.MonkeyPatch):
         tokenizer = tokenizer_of(byte_level_backend())
-        encode = Tokenizer.encode_literally
-        last = PROBES[-3]
-        monkeypatch.setattr(Tokenizer, "encode_literally", lambda self, text: [*encode(self, text), *[0] * (text == last)])
+        encode, one = Tokenizer.encode_literally, PROBES[5]
+        assert native_of(tokenizer, view_of(tokenizer)) is not None
+
+        def letters(self: Tokenizer, text: str) -> list[int]:
+            return encode(self, text) if text != one else [i for letter in text for i in encode(self, letter)]
+
+        monkeypatch.setattr(Tokenizer, "encode_literally", letters)
         assert native_of(tokenizer, view_of(tokenizer)) is None
+
+    def test_a_token_that_writes_nothing_but_to_one(self):
+        tokenizer = tokenizer_of(byte_level_backend())
+        view = view_of(tokenizer)
+        view.tokens[tokenizer.token_to_id("a")] = b""  # type: ignore[index]
+        assert native_of(tokenizer, view) is None
+
+    def test_a_tokenizer_that_fails_is_not_taken(self, monkeypatch: pytest.MonkeyPatch):
+        def fail(self: Tokenizer, text: str) -> list[int]:
+            raise RuntimeError("unk token is not in the vocabulary")
+
+        monkeypatch.setattr(Tokenizer, "encode_literally", fail)
+        tokenizer = tokenizer_of(byte_level_backend())
+        assert native_of(tokenizer, view_of(tokenizer)) is None
+
+    def test_tokens_that_only_look_special(self):
+        """As Qwen's `<tool_call>` and `<think>` do to llguidance."""
+        tokenizer = tokenizer_of(with_tool_calls())
+        call = tokenizer.token_to_id("<tool_call>")
+        assert call is not None and call not in tokenizer.special_token_ids
+        grammar = LLGuidanceGrammar(tokenizer, tokenizer.vocab_size, [tokenizer.token_to_id("</s>")], num_threads=2)  # type: ignore[list-item]
+        assert grammar._native_vocabulary is not None
+        matcher = grammar.compile(StructuredOutput("choice", ["<tool_call>fox"]))
+        assert allowed_tokens(matcher, tokenizer.vocab_size) == [call], "what is forced is what the model has learnt"
+        matcher = grammar.compile(StructuredOutput("regex", "[a-z<>_]+"))
+        assert matcher._inner is not None and call in allowed_tokens(matcher, tokenizer.vocab_size)
 
 
 @pytest.mark.parametrize("structured", STRUCTURED, ids=lambda one: one.kind)
@@ -125,6 +156,49 @@ def test_a_grammar_may_call_for_a_special_token_by_name(backend: Callable[[], to
     assert grammar._native_vocabulary is not None
     matcher = grammar.compile(StructuredOutput("grammar", 'start: <s> "fox"'))
     assert allowed_tokens(matcher, tokenizer.vocab_size) == [start]
+
+
+def with_tool_calls() -> tokenizers.Tokenizer:
+    backend = byte_level_backend()
+    backend.add_tokens([tokenizers.AddedToken("<tool_call>", special=False, normalized=False)])
+    return backend
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(
+    ("normalizer", "text"),
+    [
+        (tokenizers.normalizers.NFC(), "xe\u0301y"),
+        (tokenizers.normalizers.NFC(), "\u212b"),
+        (tokenizers.normalizers.NFKC(), "ﬁx it"),
+        (tokenizers.normalizers.Lowercase(), "The Fox"),
+        (tokenizers.normalizers.Sequence([tokenizers.normalizers.NFD(), tokenizers.normalizers.Strip()]), " ñ "),
+    ],
+)
+def test_a_text_that_the_tokenizer_would_change_is_written_as_it_is(normalizer: object, text: str, num_threads: int):
+    backend = byte_level_backend()
+    backend.normalizer = normalizer
+    tokenizer = tokenizer_of(backend)
+    grammar = LLGuidanceGrammar(tokenizer, tokenizer.vocab_size, [tokenizer.token_to_id("</s>")], num_threads)  # type: ignore[list-item]
+    assert (grammar._native_vocabulary is None) == (num_threads == 1)
+    matcher, reason, token_ids = grammar.compile(StructuredOutput("choice", [text])), None, []
+    while reason is None:
+        token_ids.append(random.Random(0).choice(allowed_tokens(matcher, tokenizer.vocab_size)))
+        reason = matcher.accept(token_ids[-1])
+    assert reason == "stop" and tokenizer.decode(token_ids) == text
+
+
+def test_an_error_names_special_tokens_as_the_model_does():
+    """And not as they are called for llguidance: with that name a grammar could write them."""
+    tokenizer = tokenizer_of(byte_level_backend())
+    messages = []
+    for num_threads in (1, 2):
+        grammar = LLGuidanceGrammar(tokenizer, tokenizer.vocab_size, [tokenizer.token_to_id("</s>")], num_threads)  # type: ignore[list-item]
+        with pytest.raises(InvalidGrammar, match="unknown special token") as refusal:
+            grammar.compile(StructuredOutput("grammar", 'start: <nosuch> "a"'))
+        assert refusal.value.__context__ is None
+        messages.append(str(refusal.value))
+    assert messages[0] == messages[1]
 
 
 def test_names_of_special_tokens_cannot_be_guessed():
