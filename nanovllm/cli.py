@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import os
 import platform
@@ -25,7 +26,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,7 +38,7 @@ from nanovllm.observability.options import ObservabilityOptions
 from nanovllm.retry import RetryPolicy
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.options import ServerOptions
-from nanovllm.simulation.command import SimulateOptions, run_simulation
+from nanovllm.simulation.options import SimulateOptions
 from nanovllm.version import __version__
 
 CLI_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty", "ignore_eos", "n")
@@ -148,7 +148,7 @@ def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], i
 
 def _add_fields(group: Any, owner: type, names: Sequence[str] | None = None) -> None:
     """One option per field; only those that the user gives end up in the namespace."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), re.MULTILINE))
+    comments = _comments_of(owner)
     for field in dataclasses.fields(owner):
         if names is not None and field.name not in names:
             continue
@@ -159,6 +159,13 @@ def _add_fields(group: Any, owner: type, names: Sequence[str] | None = None) -> 
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
+
+
+@functools.cache
+def _comments_of(owner: type) -> dict[str, str]:
+    """Field -> its comment. `inspect.getsource` of a class parses its whole module, 10 ms; of a module it only reads it."""
+    source = inspect.getsource(sys.modules[owner.__module__]).partition(f"\nclass {owner.__name__}")[2]
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", re.split(r"\n(?=\S)", source, maxsplit=1)[0], re.MULTILINE))
 
 
 def _kind_of(annotation: str) -> type:
@@ -320,6 +327,8 @@ def run_replay(arguments: argparse.Namespace) -> int:
 
 
 def run_simulate(arguments: argparse.Namespace) -> int:
+    from nanovllm.simulation.command import run_simulation
+
     return run_simulation(SimulateOptions(**_chosen(arguments, SimulateOptions)))
 
 
@@ -358,6 +367,8 @@ def run_env(arguments: argparse.Namespace) -> int:
 
 
 def _version(package: str) -> str:
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

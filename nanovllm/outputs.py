@@ -22,6 +22,13 @@ class PositionLogprobs:
     top: list[TokenLogprob] = field(default_factory=list)  # most likely first
 
 
+def add_text(owner: Any, new: str) -> None:
+    """`owner.text += new`, which copies the whole text for every token: here a string that nobody else has grows in place."""
+    text, owner.text = owner.text, ""
+    text += new
+    owner.text = text
+
+
 @dataclass(slots=True)
 class CompletionOutput:
     """One of the n completions of a request."""

@@ -12,7 +12,6 @@ import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 
 from nanovllm.errors import ConfigError
 
@@ -60,6 +59,8 @@ class Retrier:
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
     """Of a Retry-After header (the name in any case), which is a number of seconds or a date; None without one."""
+    from email.utils import parsedate_to_datetime  # takes as long to import as the rest of this module, and is seldom needed
+
     value = next((value for name, value in headers.items() if name.lower() == "retry-after"), "").strip()
     if value.isdecimal() and len(value) < 10:
         return float(value)

@@ -67,13 +67,15 @@ class _ByteLevel:
     """GPT-2's scheme: every character of a token stands for a byte, and the bytes together are UTF-8."""
 
     def __init__(self) -> None:
-        self._byte_of_character = _byte_alphabet()
+        alphabet = _byte_alphabet()
+        self._bytes = dict.fromkeys(range(256), 65535) | {ord(character): byte for character, byte in alphabet.items()}
 
     def content_of_token(self, token: str) -> bytes:
         """A token with any character outside the alphabet is an added one and stands for itself."""
-        if not self._byte_of_character.keys() >= set(token):
+        try:
+            return token.translate(self._bytes).encode("latin-1")
+        except UnicodeEncodeError:
             return token.encode()
-        return bytes(map(self._byte_of_character.__getitem__, token))
 
     def bytes_of(self, content: bytes | None) -> bytes:
         return content or b""

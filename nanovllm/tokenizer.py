@@ -39,6 +39,7 @@ class Tokenizer:
         self.eos_token_id = self._id_of_named("eos_token")
         self.special_token_ids = _special_token_ids(parts)
         self._streams = TextStreams(parts.backend, self.special_token_ids)
+        self._spelled: dict[int, tuple[str, list[int]]] = {}
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -133,6 +134,13 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """What a token writes inside a text, special tokens too; empty for ids that the vocabulary does not know."""
         return self._streams.bytes_of(token_id)
+
+    def spelled(self, token_id: int) -> tuple[str, list[int]]:
+        """Its text, in which part of a character is U+FFFD, and its bytes, not to be changed: both are kept."""
+        if (known := self._spelled.get(token_id)) is None:
+            content = self.token_bytes(token_id)
+            known = self._spelled[token_id] = content.decode("utf-8", "replace"), list(content)
+        return known
 
     @cached_property
     def vocab_size(self) -> int:

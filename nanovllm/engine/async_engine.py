@@ -39,7 +39,7 @@ from nanovllm.errors import (
     RequestError,
 )
 from nanovllm.log import logger, show_log_unless_configured
-from nanovllm.outputs import CompletionOutput, EmbeddingOutput, GenerationOutput, RequestMetrics, TtftParts
+from nanovllm.outputs import CompletionOutput, EmbeddingOutput, GenerationOutput, RequestMetrics, TtftParts, add_text
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer import Tokenizer
 
@@ -102,12 +102,12 @@ class LiveCompletion:
         output.token_ids.append(token_id)
         text = detokenizer.append((token_id,))
         if text:
-            output.text += text
+            add_text(output, text)
         return detokenizer.stop_string is not None
 
     def end(self, finish_reason: str, stop_reason: int | str | None) -> None:
         output, detokenizer = self.output, self.detokenizer
-        output.text += detokenizer.finish()
+        add_text(output, detokenizer.finish())
         if detokenizer.stop_string is not None:
             finish_reason, stop_reason = "stop", detokenizer.stop_string
         output.finish_reason, output.stop_reason = finish_reason, stop_reason

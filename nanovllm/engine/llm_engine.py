@@ -17,7 +17,7 @@ from typing import Any
 
 from nanovllm.engine.door import Bounds, Door, Prompt, TokenSequences
 from nanovllm.engine.events import Events, RequestAdded, StepCollected, StepDispatched
-from nanovllm.engine.progress import Progress, deferred_interrupt
+from nanovllm.engine.progress import Progress, deferred_interrupt, few_full_collections
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -174,11 +174,11 @@ class LLMEngine:
         started = time.perf_counter_ns() if self.events.listeners else 0
         grown = self.scheduler.apply(result)
         self.executor.begin_draw()
-        requests: dict[str, Request] = {}
+        outputs: dict[str, GenerationOutput] = {}
         for sequence in grown:
-            request = requests[sequence.request_id] = self._requests[sequence.request_id]
+            request = self._requests[sequence.request_id]
+            outputs[sequence.request_id] = request.output
             self._grow(request, sequence)
-        outputs = {request_id: request.output for request_id, request in requests.items()}
         outputs.update((output.request_id, output) for output in self._close_finished())
         if self.events.listeners:
             apply_ns = time.perf_counter_ns() - started
@@ -215,6 +215,7 @@ class LLMEngine:
 
     # --- many at once
 
+    @few_full_collections()
     def generate(
         self,
         prompts: AbstractSequence[Prompt],

@@ -5,15 +5,25 @@ Ctrl-C takes effect between two steps instead of within one: a step that is cut 
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
-
 from nanovllm.outputs import GenerationOutput
+
+
+@contextmanager
+def few_full_collections() -> Iterator[None]:
+    """A full one looks at every token and log-probability of every output, between two steps; hardly any is garbage."""
+    before = gc.get_threshold()
+    gc.set_threshold(before[0], before[1], 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @contextmanager
@@ -41,6 +51,8 @@ class Progress:
     """A bar over finished requests, with the rate of generated tokens."""
 
     def __init__(self, total: int, enabled: bool) -> None:
+        from tqdm import tqdm  # no server shows a bar
+
         self._bar = tqdm(total=total, desc="Generating", unit="req", disable=not enabled, dynamic_ncols=True)
         self._num_tokens = 0
         self._start = time.monotonic()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nanovllm.engine.detokenizer import IncrementalDetokenizer, StopStrings
 from nanovllm.engine.sequence import Sequence
-from nanovllm.outputs import CompletionOutput, GenerationOutput, RequestMetrics
+from nanovllm.outputs import CompletionOutput, GenerationOutput, RequestMetrics, add_text
 from nanovllm.tokenizer import Tokenizer
 
 
@@ -51,7 +51,7 @@ class Request:
         if not self.detokenizers:
             return None
         detokenizer = self.detokenizers[sequence.index]
-        completion.text += detokenizer.append(new_token_ids)
+        add_text(completion, detokenizer.append(new_token_ids))
         return detokenizer.stop_string
 
     def close_sequence(self, sequence: Sequence, now: float) -> None:
@@ -64,7 +64,7 @@ class Request:
             self.output.embedding, completion.finish_reason = sequence.embedding, "stop"
         if self.detokenizers:
             detokenizer = self.detokenizers[sequence.index]
-            completion.text += detokenizer.finish()
+            add_text(completion, detokenizer.finish())
             if detokenizer.stop_string is not None:
                 completion.finish_reason, completion.stop_reason = "stop", detokenizer.stop_string
         self.num_unfinished -= 1

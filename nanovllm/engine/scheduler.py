@@ -227,7 +227,8 @@ class Scheduler:
         """Append blocks up to `end`, and copy the block that the next write falls into if others rely on it."""
         blocks, table, start = self.block_manager, sequence.block_table, sequence.num_computed_tokens
         num_missing = blocks.num_blocks_for(end) - len(table)
-        is_copy = start % blocks.block_size > 0 and blocks.is_shared(table[start // blocks.block_size])
+        may_share = sequence.sampling.params.n > 1 and start % blocks.block_size > 0  # a block that is not full: only siblings
+        is_copy = may_share and blocks.is_shared(table[start // blocks.block_size])
         if not is_copy and num_missing <= 0:
             return True
         if blocks.num_free_blocks < num_missing + is_copy:
@@ -306,7 +307,7 @@ class Scheduler:
         return grown
 
     def _append(self, sequence: Sequence, token_ids: list[int]) -> None:
-        is_first = sequence.num_generated_tokens == 0
+        is_first = self._siblings and sequence.num_generated_tokens == 0
         reason = None
         for token_id in token_ids:
             sequence.token_ids.append(token_id)
@@ -315,7 +316,7 @@ class Scheduler:
                 break
         if (sequence.num_published_blocks + 1) * self.block_manager.block_size <= sequence.num_computed_tokens:
             self._publish(sequence)
-        if is_first and self._siblings:
+        if is_first:
             self._release_siblings(sequence)
         if reason:
             last = sequence.token_ids[-1]

@@ -31,9 +31,6 @@ from nanovllm.observability.stage_log import StageLog
 from nanovllm.observability.tracker import Sink, Tracker
 from nanovllm.observability.watchdog import Watchdog
 
-BUILDER = "nanovllm.observability.observer:build"
-DEFAULT_BUILDER = "nanovllm.engine.engine_main:build"
-
 
 class Observer:
     """Made by `observe`."""

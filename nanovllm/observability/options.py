@@ -10,6 +10,7 @@ from typing import Any
 
 from nanovllm.errors import ConfigError, did_you_mean
 
+BUILDER = "nanovllm.observability.observer:build"  # of an observed engine
 LOG_FORMATS = ("json", "text")
 NUMBERS = ("flight_recorder_steps", "watchdog_seconds")
 

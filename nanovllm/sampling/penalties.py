@@ -59,7 +59,8 @@ def edits_logits(sampling: RowSampling) -> bool:
     """Whether a row needs any of this module."""
     params = sampling.params
     penalises = params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
-    restricts = params.allowed_token_ids is not None or params.min_tokens > 0 or bool(sampling.bad_words)
+    restricts = params.allowed_token_ids is not None or bool(sampling.bad_words)
+    restricts |= params.min_tokens > 0 and bool(sampling.stop_token_ids)  # without them nothing could end it early
     return penalises or restricts or params.logit_bias is not None
 
 

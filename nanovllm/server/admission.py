@@ -26,6 +26,7 @@ from nanovllm.server.errors import BadField, QueueFull, Unavailable
 RATE_WINDOW_S = 60.0  # how far back "lately" reaches
 UNKNOWN_RETRY_S = 5  # when nothing has been served lately
 MAX_RETRY_S = 120
+MAX_SERVED = 4096
 MAX_GONE = 64  # tickets that have left and are still in the heap, besides half of it
 
 
@@ -74,7 +75,8 @@ class Admission:
         self._numbers = count()
         self._num_by_class: Counter[int] = Counter()  # waiting completions by their key's priority
         self._accounts: dict[str, Account] = {}
-        self._served: deque[tuple[float, int]] = deque(maxlen=4096)
+        self._served: deque[tuple[float, int]] = deque()  # lately, at most MAX_SERVED
+        self._num_served = 0  # completions in it
 
     def enter(self, key: Key, priority: int = 0, weight: int = 1, tokens: int = 0) -> Ticket:
         """A place in the engine or in the queue. `tokens`: the most that it can use. Raises `QueueFull`."""
@@ -103,6 +105,9 @@ class Admission:
         else:
             self.num_running -= ticket.weight
             self._served.append((self._clock(), ticket.weight))
+            self._num_served += ticket.weight
+            if len(self._served) > MAX_SERVED:
+                self._num_served -= self._served.popleft()[1]
         ticket.state = "left"
         account = self._account(ticket.key)
         account.num_open -= ticket.weight
@@ -131,10 +136,10 @@ class Admission:
         """Seconds until what waits now will have been served, at the rate of the last minute."""
         now = self._clock()
         while self._served and self._served[0][0] < now - RATE_WINDOW_S:
-            self._served.popleft()
+            self._num_served -= self._served.popleft()[1]
         if not self._served:
             return UNKNOWN_RETRY_S
-        rate = sum(weight for _, weight in self._served) / max(now - self._served[0][0], 1.0)
+        rate = self._num_served / max(now - self._served[0][0], 1.0)
         return min(MAX_RETRY_S, max(1, math.ceil((self.num_waiting + 1) / rate)))
 
     def _count_waiting(self, ticket: Ticket, change: int) -> None:

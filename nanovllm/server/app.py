@@ -38,17 +38,17 @@ if TYPE_CHECKING:
 
 access_log = logging.getLogger("nanovllm.access")
 
-ENDPOINT_MODULES = (
-    "load",
-    "admin",
+ENDPOINT_MODULES = (  # their routes are tried in this order
     "completions",
     "chat",
     "responses",
+    "anthropic",
     "embeddings",
+    "load",
+    "admin",
     "tokenize",
     "models",
     "restored",
-    "anthropic",
     "openapi",
     "page",
 )

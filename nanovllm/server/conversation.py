@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import RequestError
+from nanovllm.outputs import add_text
 from nanovllm.sampling_params import StructuredOutput
 from nanovllm.server.errors import BadField
 from nanovllm.server.output_parser import make_output_parser
@@ -147,7 +148,7 @@ class Items:
             if not self._is_open or self.all[-1].kind != kind:
                 yield from self._open(kind)
             fragment = part.fragment if isinstance(part, ToolCallArguments) else part.text
-            self.all[-1].text += fragment
+            add_text(self.all[-1], fragment)
             yield "grow", self.all[-1], fragment
 
     def close(self) -> Iterator[tuple[str, Item, str]]:

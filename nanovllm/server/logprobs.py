@@ -20,7 +20,7 @@ class TokenNames:
     """Names of tokens for one answer."""
 
     def __init__(self, tokenizer: Tokenizer, as_ids: bool, skip_special_tokens: bool) -> None:
-        self._bytes_of = tokenizer.token_bytes
+        self._spelled = tokenizer.spelled
         self._as_ids = as_ids
         self._open_stream = lambda: tokenizer.text_stream(skip_special_tokens)
 
@@ -28,7 +28,7 @@ class TokenNames:
         return f"token_id:{token_id}" if self._as_ids else self.text(token_id)
 
     def text(self, token_id: int) -> str:
-        return self._bytes_of(token_id).decode("utf-8", "replace")
+        return self._spelled(token_id)[0]
 
     def offsets(self, start: int) -> Callable[[int], int]:
         """A function that is given the tokens of a text one by one, and returns where each begins, in characters."""
@@ -42,7 +42,7 @@ class TokenNames:
         return offset_of
 
     def bytes(self, token_id: int) -> list[int]:
-        return list(self._bytes_of(token_id))
+        return self._spelled(token_id)[1]
 
 
 def completion_logprobs(

@@ -104,6 +104,8 @@ def len_partial_mark(text: str, marks: tuple[str, ...]) -> int:
     """Length of the longest end of `text` that is a proper beginning of one of `marks`: "a <to" and "<tool>" give 3."""
     longest = 0
     for mark in marks:
+        if mark[0] not in text:  # nearly always
+            continue
         for length in range(min(len(mark) - 1, len(text)), longest, -1):
             if text.endswith(mark[:length]):
                 longest = length

@@ -235,7 +235,8 @@ class Writer:
         if delta.is_first:
             yield ResponseEvent(type="response.created", sequence_number=self._next(), response=self._response())
             yield ResponseEvent(type="response.in_progress", sequence_number=self._next(), response=self._response())
-        self._unsent += chat_logprobs(self._names, delta.logprobs or ())
+        if delta.logprobs:
+            self._unsent += chat_logprobs(self._names, delta.logprobs)
         for change, item, text in self._items.feed(self._reader.read(delta)):
             yield from self._events_of(change, item, text)
         if delta.finish_reason is not None:

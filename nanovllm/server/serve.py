@@ -21,12 +21,10 @@ from typing import Any
 import msgspec
 
 from nanovllm.child_process import child_command
-from nanovllm.engine.async_engine import AsyncEngine
+from nanovllm.engine.async_engine import DEFAULT_BUILDER, AsyncEngine
 from nanovllm.errors import ConfigError
 from nanovllm.log import logger
-from nanovllm.observability.observer import BUILDER as OBSERVER, DEFAULT_BUILDER
-from nanovllm.observability.options import ObservabilityOptions
-from nanovllm.recovery.keeper import checkpointed
+from nanovllm.observability.options import BUILDER as OBSERVER, ObservabilityOptions
 from nanovllm.server.app import create_app
 from nanovllm.server.auth import Keyring
 from nanovllm.server.context import served_name
@@ -39,6 +37,8 @@ YOUNG_S = 5.0  # a front end that dies younger than this would do it again
 def serve(options: ServerOptions, engine_options: dict[str, Any], observability: ObservabilityOptions | None = None) -> int:
     """Run until a signal or the death of the engine; returns the exit status. Raises `ConfigError`, `ModelError`."""
     if options.checkpoint is not None:
+        from nanovllm.recovery.keeper import checkpointed  # the engine's side: only its process needs the rest
+
         engine_options = {**engine_options, **checkpointed(options.checkpoint, options.checkpoint_keep_s, engine_options)}
     if observability is not None and observability.is_on:
         options = replace(options, tells_requests=observability.tells_requests)

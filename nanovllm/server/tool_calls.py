@@ -38,6 +38,7 @@ class ToolCallParser:
 
     def __init__(self, tool_format: ToolFormat, tool_names: Collection[str] | None = None) -> None:
         self._format = tool_format
+        self._first_characters = frozenset(mark[0] for mark in tool_format.opens)
         self._names = tool_names
         self._num_calls = 0
         self._parts: list[Part] = []
@@ -79,7 +80,7 @@ class ToolCallParser:
         """Nearly every token: text in which no mark and no whitespace before one can begin."""
         if self._read != self._in_text or self._held or self._skips_space or not text or text[-1].isspace():
             return False
-        return not any(mark[0] in text for mark in self._format.opens)
+        return self._first_characters.isdisjoint(text)
 
     # --- outside calls
 

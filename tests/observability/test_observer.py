@@ -15,8 +15,8 @@ from support import FakeExecutor, greedy, make_engine, make_scheduler
 
 from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.errors import ConfigError, EngineDead, RequestError
-from nanovllm.observability.observer import BUILDER, observe
-from nanovllm.observability.options import ObservabilityOptions
+from nanovllm.observability.observer import observe
+from nanovllm.observability.options import BUILDER, ObservabilityOptions
 from nanovllm.observability.probes import MetricsRegistry, StageLogger, Trace
 from nanovllm.observability.replay import replay_file
 from nanovllm.observability.timeline import STAGES
