@@ -227,8 +227,7 @@ class Scheduler:
         """Append blocks up to `end`, and copy the block that the next write falls into if others rely on it."""
         blocks, table, start = self.block_manager, sequence.block_table, sequence.num_computed_tokens
         num_missing = blocks.num_blocks_for(end) - len(table)
-        may_share = sequence.sampling.params.n > 1 and start % blocks.block_size > 0  # a block that is not full: only siblings
-        is_copy = may_share and blocks.is_shared(table[start // blocks.block_size])
+        is_copy = start % blocks.block_size > 0 and blocks.is_shared(table[start // blocks.block_size])
         if not is_copy and num_missing <= 0:
             return True
         if blocks.num_free_blocks < num_missing + is_copy:
