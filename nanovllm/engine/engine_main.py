@@ -27,6 +27,7 @@ import zmq
 from nanovllm.config import EngineConfig
 from nanovllm.engine.engine_process import EngineProcess, ServedEngine, traceback_of
 from nanovllm.engine.messages import EngineFacts, Failure, LastWords, encode
+from nanovllm.engine.progress import few_full_collections
 from nanovllm.errors import InvalidGrammar, NanoVllmError
 from nanovllm.log import DegradationCounter, configure_logging, logger
 from nanovllm.sampling_params import StructuredOutput
@@ -95,9 +96,9 @@ def run(builder: str, config: EngineConfig, socket: zmq.Socket, folder: Path, op
         sys.exit(1)
     gc.collect()
     gc.freeze()  # the model's objects live as long as the process: no collection need look at them
-    gc.set_threshold(700, 10, 1000)  # a full one looks at every token of every sequence, between two steps; hardly any is garbage
     try:
-        process.serve()
+        with few_full_collections():
+            process.serve()
     except Exception as error:
         logger.error("the engine failed: %r", error)  # the front ends have the traceback
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""What a person sees of a long `generate`, and how they stop it.
+"""Around a loop of steps: what a person sees of a long `generate`, how they stop it, and what must not stop it.
 
 Ctrl-C takes effect between two steps instead of within one: a step that is cut in half cannot be resumed.
 """
@@ -17,7 +17,7 @@ from nanovllm.outputs import GenerationOutput
 
 @contextmanager
 def few_full_collections() -> Iterator[None]:
-    """A full one looks at every token and log-probability of every output, between two steps; hardly any is garbage."""
+    """A full one looks at every token and log-probability of every sequence, between two steps; hardly any is garbage."""
     before = gc.get_threshold()
     gc.set_threshold(before[0], before[1], 1000)
     try:

@@ -29,7 +29,7 @@ from nanovllm.structured.base import BITS, Matcher, num_mask_words
 from nanovllm.structured.limits import check_limits
 from nanovllm.structured.mask_budget import MaskBudget
 from nanovllm.structured.mask_threads import mask_threads
-from nanovllm.structured.native_tokenizer import added_spellings, native_tokenizer
+from nanovllm.structured.native_tokenizer import looks_special, native_tokenizer
 from nanovllm.tokenizer import Tokenizer
 
 MAX_LEXER_STATES = 50_000  # of one sequence, 1 to 2 kB each
@@ -236,8 +236,9 @@ class LLGuidanceGrammar:
         vocabulary = self._vocabulary_for(structured)
         started = time.thread_time()
         inner = None
-        with suppress(InvalidGrammar):
-            inner = self._parse(structured, vocabulary)
+        if vocabulary is self._native_vocabulary:
+            with suppress(InvalidGrammar):
+                inner = self._parse(structured, vocabulary)
         if inner is None:
             inner = self._parse(structured, self._vocabulary)  # in whose message special tokens have their own names
         unused = MaskBudget()  # this mask counts as compilation
@@ -277,14 +278,13 @@ class LLGuidanceGrammar:
 
     def _vocabulary_for(self, structured: StructuredOutput) -> Any:
         """Only the one by Python knows special tokens by name, which a grammar may call for, and writes `<tool_call>` as one."""
+        if self._native_vocabulary is None:
+            return self._vocabulary
+        added = self._tokenizer.parts.backend.get_added_tokens_decoder().values()
+        spellings = [token.content for token in added if token.special or looks_special(token.content)]
         texts = structured.choices or (structured.text,)
-        is_ours = any(spelling in text for text in texts for spelling in self._spellings_of_ours)
-        return self._vocabulary if is_ours or self._native_vocabulary is None else self._native_vocabulary
-
-    @cached_property
-    def _spellings_of_ours(self) -> list[str]:
-        tokens = map(self._tokenizer.id_to_token, self._tokenizer.special_token_ids)
-        return [*filter(None, tokens), *added_spellings(self._tokenizer.to_json())]
+        is_ours = any(spelling in text for text in texts for spelling in spellings)
+        return self._vocabulary if is_ours else self._native_vocabulary
 
     @cached_property
     def _native_vocabulary(self) -> Any | None:

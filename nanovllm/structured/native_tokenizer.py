@@ -59,19 +59,16 @@ def native_tokenizer(library: Any, tokenizer_json: str, view: View, end_token_id
         return None
 
 
-def added_spellings(tokenizer_json: str) -> list[str]:
-    """Of tokens that are no special ones but to llguidance, which goes by the look: `<tool_call>`. It cuts them into pieces."""
-    return [token["content"] for token in json.loads(tokenizer_json)["added_tokens"] if _looks_special(token)]
-
-
-def _looks_special(token: dict[str, Any]) -> bool:
-    return not token["special"] and token["content"].startswith("<") and token["content"].endswith(">")
+def looks_special(spelling: str) -> bool:
+    """To llguidance an added token such as `<tool_call>` is a special one, whatever its tokenizer says."""
+    return spelling.startswith("<") and spelling.endswith(">")
 
 
 def _rewritten(description: dict[str, Any], special_token_ids: Collection[int]) -> dict[str, Any] | None:
     """With names for special tokens that nobody can know: written out in a text they stay plain text.
 
-    They cannot be left out: their ids would be beyond the vocabulary. What only looks special becomes an ordinary token.
+    They cannot be left out: their ids would be beyond the vocabulary. What only looks special becomes an ordinary token, which is
+    cut into pieces where it is written out.
     """
     model = description["model"]
     vocab = model.get("vocab")
@@ -86,9 +83,9 @@ def _rewritten(description: dict[str, Any], special_token_ids: Collection[int]) 
                 model["unk_token"] = name
             token["content"] = name
         vocab[token["content"]] = token["id"]  # or those that follow one that is left out would be counted anew
-    ordinary = [token for token in description["added_tokens"] if token["id"] in special_token_ids or not _looks_special(token)]
+    added = [token for token in description["added_tokens"] if not looks_special(token["content"])]
     normalizer = _without_changes(description["normalizer"])
-    return description | {"added_tokens": ordinary, "post_processor": None, "normalizer": normalizer}
+    return description | {"added_tokens": added, "post_processor": None, "normalizer": normalizer}
 
 
 def _without_changes(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
