@@ -17,6 +17,7 @@ from typing import Any
 
 from nanovllm import LLM, SamplingParams, StructuredOutput
 from nanovllm.bench.record import write_record
+from nanovllm.engine.progress import few_full_collections
 from nanovllm.structured.llguidance_backend import LLGuidanceMatcher
 from nanovllm.structured.mask_budget import MaskBudget
 
@@ -88,6 +89,7 @@ def parts_us(llm: LLM, structured: StructuredOutput, num_sequences: int, num_tok
     }
 
 
+@few_full_collections()  # as in `LLM.generate` and in a server
 def measure(llm: LLM, num_sequences: int, arguments: argparse.Namespace) -> dict[str, Any]:
     steps: dict[str, list[float]] = defaultdict(list)
     for repeat in range(arguments.repeats + 1):  # the first compiles and fills caches

@@ -50,7 +50,7 @@ from nanovllm.structured.base import Grammar
 from nanovllm.structured.llguidance_backend import LLGuidanceGrammar
 from nanovllm.tokenizer import Tokenizer
 
-MAX_MASK_THREADS = 8  # that compute the masks of grammars beside a GPU
+MAX_MASK_THREADS = 12  # that compute the masks of grammars beside a GPU
 GRAPH_BYTES = 512 << 20  # what captured graphs and libraries take beside the pool, at most
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
@@ -250,7 +250,7 @@ def open_engine(config: EngineConfig, speaks_text: bool = True) -> tuple[BuiltEn
     tokenizer = load_tokenizer(checkpoint)
     eos_token_ids = known_token_ids((*checkpoint.eos_token_ids, *tokenizer.end_token_ids), spec.vocab_size)
     is_cpu = platform.device.type == "cpu"  # whose cores run the model
-    threads = 1 if is_cpu else max(1, min(MAX_MASK_THREADS, usable_cores() // 2))
+    threads = 1 if is_cpu else max(1, min(MAX_MASK_THREADS, usable_cores() * 3 // 4))
     grammar = LLGuidanceGrammar(tokenizer, spec.vocab_size, eos_token_ids, threads)
     text = tokenizer if speaks_text else None
     built = build_engine(config, platform, spec, checkpoint.weights, text, eos_token_ids, grammar)
@@ -388,7 +388,12 @@ def warm_up_gpu(
 ) -> MemoryPlan:
     """Measure the largest step, size the KV cache by what is left, compile every kernel, capture the graphs."""
     limits = config.scheduler_limits
-    graphs = runner.prepare_graphs(backend, limits.max_num_seqs, limits.max_num_batched_tokens)
+    graphs = runner.prepare_graphs(
+        backend,
+        max_num_seqs=limits.max_num_seqs,
+        max_tokens=limits.max_num_batched_tokens,
+        max_in_flight=(config.num_steps_ahead or 0) + 2,
+    )
     runner.kv_caches = [torch.zeros(backend.kv_cache_shape(1), dtype=dtype, device=platform.device)] * spec.num_layers
 
     def run_all_kernels() -> None:

@@ -70,15 +70,19 @@ class _ByteLevel:
         alphabet = _byte_alphabet()
         self._bytes = dict.fromkeys(range(256), 65535) | {ord(character): byte for character, byte in alphabet.items()}
 
-    def content_of_token(self, token: str) -> bytes:
-        """A token with any character outside the alphabet is an added one and stands for itself."""
+    def content_of_token(self, token: str) -> str | bytes:
+        """Text, or bytes that are no whole characters. A token with any character outside the alphabet is an added one."""
         try:
-            return token.translate(self._bytes).encode("latin-1")
+            content = token.translate(self._bytes).encode("latin-1")
         except UnicodeEncodeError:
-            return token.encode()
+            return token
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return content
 
-    def bytes_of(self, content: bytes | None) -> bytes:
-        return content or b""
+    def bytes_of(self, content: str | bytes | None) -> bytes:
+        return content.encode() if isinstance(content, str) else content or b""
 
     def open(self, table: _TokenTable) -> TextStream:
         return _ByteLevelStream(table)
@@ -87,14 +91,22 @@ class _ByteLevel:
 class _ByteLevelStream:
     def __init__(self, table: _TokenTable) -> None:
         self._table = table
-        self._decode_utf8 = _utf8_decoder()
+        self._utf8 = _utf8_decoder()
+        self._has_half = False  # of a character: its first bytes have come
 
     def push(self, token_ids: Sequence[int]) -> str:
-        table = self._table
-        return self._decode_utf8(b"".join([table[token_id] or b"" for token_id in token_ids]))
+        text = ""
+        for token_id in token_ids:
+            content = self._table[token_id]
+            if content.__class__ is str and not self._has_half:
+                text += content
+            elif content:
+                text += self._utf8.decode(content.encode() if isinstance(content, str) else content)
+                self._has_half = self._utf8.getstate()[0] != b""
+        return text
 
     def finish(self) -> str:
-        return self._decode_utf8(b"", True)
+        return self._utf8.decode(b"", True)
 
 
 class _Pieces:
@@ -130,7 +142,7 @@ class _PieceStream:
     def __init__(self, table: _TokenTable, rules: _Pieces) -> None:
         self._table = table
         self._rules = rules
-        self._decode_utf8 = _utf8_decoder()
+        self._decode_utf8 = _utf8_decoder().decode
         self._num_to_strip = rules.strip[1]
         self._is_empty = True
 
@@ -208,9 +220,9 @@ def _apply(step: dict[str, Any], rules: _Pieces, is_fused: bool) -> bool:
     return True
 
 
-def _utf8_decoder() -> Callable[..., str]:
-    """(data, final=False) -> the characters complete so far; invalid bytes, and an unfinished end, become U+FFFD."""
-    return codecs.getincrementaldecoder("utf-8")("replace").decode
+def _utf8_decoder() -> codecs.IncrementalDecoder:
+    """`decode(data, final=False)`: the characters complete so far; invalid bytes, and an unfinished end, become U+FFFD."""
+    return codecs.getincrementaldecoder("utf-8")("replace")
 
 
 def _byte_alphabet() -> dict[str, int]:

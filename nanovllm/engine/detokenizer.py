@@ -84,30 +84,22 @@ class IncrementalDetokenizer:
         self._stops = stop_strings or (StopStrings(params.stop) if params.stop else None)
         self._state = 0
         self._held = ""  # might be the beginning of a stop string; as long as the depth of the state
-        self._released: list[str] = []
         self.num_tokens = 0  # appended, up to and including the one that completed a stop string
         self.stop_string: str | None = None
-
-    @property
-    def text(self) -> str:
-        """All that was released."""
-        if len(self._released) > 1:
-            self._released = ["".join(self._released)]
-        return self._released[0] if self._released else ""
 
     def append(self, token_ids: Sequence[int]) -> str:
         """Take the next tokens. After a stop string nothing is released any more."""
         stops = self._stops
         if stops is None:
             self.num_tokens += len(token_ids)
-            return self._release(self._stream.push(token_ids))
+            return self._stream.push(token_ids)
         pieces = []
         for token_id in token_ids:  # one by one: which token completed the stop string is part of the answer
             if self.stop_string is not None:
                 break
             self.num_tokens += 1
             pieces.append(self._scan(stops, self._stream.push((token_id,))))
-        return self._release("".join(pieces))
+        return "".join(pieces)
 
     def finish(self) -> str:
         """No more tokens will come: release what was held back."""
@@ -117,12 +109,7 @@ class IncrementalDetokenizer:
         if self._stops is not None:
             rest = self._scan(self._stops, rest)
             rest, self._held = rest + self._held, ""
-        return self._release(rest)
-
-    def _release(self, text: str) -> str:
-        if text:
-            self._released.append(text)
-        return text
+        return rest
 
     def _scan(self, stops: StopStrings, text: str) -> str:
         """Read new text; return what can be released, and keep the rest in `_held`."""

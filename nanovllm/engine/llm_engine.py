@@ -140,7 +140,7 @@ class LLMEngine:
     def step(self, may_collect: bool = True) -> list[GenerationOutput]:
         """One turn of the loop. Returns the requests that grew or ended; their outputs are live objects.
 
-        `may_collect=False` dispatches and waits for nothing, so that a device computes while requests are still added.
+        `may_collect=False` dispatches and waits for nothing, so that a device computes while requests are still added: once.
         """
         self._check_alive()
         while self._aborts:
@@ -148,7 +148,7 @@ class LLMEngine:
         self._is_stepping = True
         try:
             is_dispatched = self._dispatch_next()
-            if may_collect and self.scheduler.num_in_flight > (self._num_steps_ahead if is_dispatched else 0):
+            if self.scheduler.num_in_flight > (self._num_steps_ahead if is_dispatched else 0) + (not may_collect):
                 return self._collect_oldest()
             return self._close_finished()
         except BaseException as error:  # also KeyboardInterrupt: a step cut in half cannot be resumed

@@ -130,7 +130,7 @@ class ModelRunner:
 
     # --- the same step as one graph
 
-    def forward_step(self, step: StepTensors, token_ids: Tensor) -> Tensor:
+    def forward_step(self, step: StepTensors, drawn: Tensor) -> Tensor:
         """All of a step's device work, without the host: what a CUDA graph captures. Returns the logits, [S, vocab]."""
         input_ids, slots = gather_inputs(
             step.token_rows, step.positions, self.state.token_ids, self.state.block_tables, self.block_size
@@ -142,15 +142,12 @@ class ModelRunner:
         hidden = self.model(input_ids, context)
         logits = self.model.compute_logits(hidden)
         places = step.sample_rows, step.sample_positions, self.state.token_ids
-        draw_tokens(logits, step.inverse_temperature, step.keys, *places, token_ids, held=step.held)
+        draw_tokens(logits, step.inverse_temperature, step.keys, *places, drawn, held=step.held, place=step.place)
         return logits
 
-    def prepare_graphs(self, backend: TritonAttention, max_num_seqs: int, max_tokens: int) -> CudaGraphs:
-        """The graphs of this runner's steps, not captured yet."""
-        vocab_size = self.model.spec.vocab_size
-        return CudaGraphs(
-            self.forward_step, backend, self.state, max_num_seqs=max_num_seqs, max_tokens=max_tokens, vocab_size=vocab_size
-        )
+    def prepare_graphs(self, backend: TritonAttention, **sizes: int) -> CudaGraphs:
+        """The graphs of this runner's steps, not captured yet. `sizes`: `max_num_seqs`, `max_tokens`, `max_in_flight`."""
+        return CudaGraphs(self.forward_step, backend, self.state, vocab_size=self.model.spec.vocab_size, **sizes)
 
     def _fill(self, batch: ScheduledBatch) -> tuple[Bucket, bool] | None:
         """Write the inputs of the graph that fits, if one does, on the host. And whether that graph can draw for all rows."""

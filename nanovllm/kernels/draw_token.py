@@ -28,12 +28,14 @@ def draw_tokens(
     masks: Tensor | None = None,
     mask_lines: Tensor | None = None,
     held: Tensor | None = None,
+    place: Tensor | None = None,
 ) -> None:
     """Write one token per sample to `token_ids`, [S] int64, and to `token_table[rows, positions]`; -1 there as 0.
 
     logits: [S, V]; inverse_temperature: [S] float32; keys, rows, positions: [S] int32. Under grammars only tokens whose bit
     is set: masks: [m, num_mask_words] int32, token t is bit t % 32 of word t // 32; mask_lines: [S] int32, -1 without a mask.
-    held: [1] int32; where it is not 0 nothing is drawn or written.
+    held: [1] int32; where it is not 0 nothing is drawn or written. place: [1] int32, the line of `token_ids`, [m, at least S]
+    then, to write to. That may be pinned memory of the host.
     """
     num_samples, vocab_size = logits.shape
     num_tiles = triton.cdiv(vocab_size, TILE)
@@ -63,7 +65,9 @@ def draw_tokens(
         token_table,
         token_ids,
         held,
+        place,
         token_table.stride(0),
+        token_ids.stride(0),
         num_tiles,
         triton.next_power_of_2(num_tiles),
         num_warps=1,
@@ -140,7 +144,18 @@ def score_of(score, draw):
 
 @triton.jit
 def _reduce_row_kernel(
-    best_ptr, best_id_ptr, row_ptr, position_ptr, table_ptr, token_ptr, held_ptr, table_stride, num_tiles, BLOCK: tl.constexpr
+    best_ptr,
+    best_id_ptr,
+    row_ptr,
+    position_ptr,
+    table_ptr,
+    token_ptr,
+    held_ptr,
+    place_ptr,
+    table_stride,
+    token_stride,
+    num_tiles,
+    BLOCK: tl.constexpr,
 ):
     if held_ptr is not None:  # noqa: SIM102 - of an `and` both sides would be compiled
         if tl.load(held_ptr) != 0:
@@ -152,6 +167,8 @@ def _reduce_row_kernel(
     best = tl.max(score, 0)
     winner = tl.min(tl.where(score == best, token, 2147483647), 0)
     is_finite = (best > float("-inf")) & (best < float("inf"))
+    if place_ptr is not None:
+        token_ptr += tl.load(place_ptr).to(tl.int64) * token_stride
     tl.store(token_ptr + sample, tl.where(is_finite, winner, -1).to(tl.int64))
     row, position = tl.load(row_ptr + sample).to(tl.int64), tl.load(position_ptr + sample)
     tl.store(table_ptr + row * table_stride + position, tl.where(is_finite, winner, 0))

@@ -45,6 +45,7 @@ class StepTensors:
     inverse_temperature: Tensor  # [S] float32, 0 for greedy
     keys: Tensor  # [S]
     held: Tensor  # [1], 1 where the tokens are drawn afterwards, not by the graph
+    place: Tensor  # [1], the line of the drawn tokens
     plan: TritonPlan
     needed_plan: TritonPlan | None  # of the tokens that draw, for the last layer; None where all do
 
@@ -78,6 +79,7 @@ class Bucket:
             ("prompt_items", (self.num_prompt_items, ITEM_FIELDS)),
             ("needed_items", (0 if self.is_decode else self.num_decode_items, ITEM_FIELDS)),
             ("held", (1,)),
+            ("place", (1,)),
         ]
 
     @cached_property
@@ -116,29 +118,6 @@ class Staging:
         return self._copied[place]
 
 
-class SideStaging(Staging):
-    """Whose copies go beside the current stream's work, here a forward pass; what comes after `send` waits for them."""
-
-    def __init__(self, num_words: int, device: torch.device) -> None:
-        super().__init__(num_words)
-        self._stream, self._used = torch.cuda.Stream(device), torch.cuda.Event()
-
-    def send(self, target: Tensor) -> torch.cuda.Event:
-        current = torch.cuda.current_stream()
-        self._stream.wait_event(self._used)
-        try:
-            torch.cuda.set_stream(self._stream)  # 33 us in all; by torch's context manager and `wait_stream` 95
-            copied = super().send(target)
-        finally:
-            torch.cuda.set_stream(current)
-        current.wait_event(copied)
-        return copied
-
-    def note_use(self) -> None:
-        """The next copy waits for the stream's work until now."""
-        self._used.record()
-
-
 def decode_sizes(max_num_seqs: int) -> list[int]:
     """1, 2, 4, then every 8 up to 64, every 16 up to 256, every 64 beyond; the last is always `max_num_seqs`."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 1, 64)]
@@ -152,30 +131,48 @@ def mixed_sizes(max_tokens: int) -> list[int]:
 
 
 class MaskBuffer:
-    """What grammars allow in one step, on the device: at one address, so that a graph can draw under it."""
+    """What grammars allow in one step, on the device: at one address, so that a graph can draw under it.
+
+    One place on the host is enough, and nobody waits for it: masks follow from tokens that were read, so the draw before is over.
+    """
 
     def __init__(self, max_num_samples: int, vocab_size: int, device: torch.device) -> None:
         self._num_mask_words = num_mask_words(vocab_size)
         self._first_mask = -(-max_num_samples // 4) * 4  # aligned to 16 bytes
         num_words = self._first_mask + max_num_samples * self._num_mask_words
-        self._buffer = torch.full((num_words,), -1, dtype=torch.int32, device=device)
-        self._staging = SideStaging(num_words, device)
-        self.lines = self._buffer[:max_num_samples]  # [max_num_samples] of each sample, -1 without a mask
-        self.masks = self._buffer[self._first_mask :].view(max_num_samples, -1)  # [max_num_samples, num_mask_words]
+        self._on_host = torch.empty(num_words, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._words = self._on_host.numpy()
+        self._on_device = torch.full((num_words,), -1, dtype=torch.int32, device=device)
+        self._copy = SideCopy(device)
+        self.lines = self._on_device[:max_num_samples]  # [max_num_samples] of each sample, -1 without a mask
+        self.masks = self._on_device[self._first_mask :].view(max_num_samples, -1)  # [max_num_samples, num_mask_words]
 
     def begin(self, matchers: Matchers) -> None:
         """Begin to write the masks, while the host goes on."""
         self._num_words = self._first_mask + len(matchers) * self._num_mask_words
-        self._finish = begin_masks_of(matchers, self._staging.place(self._num_words), self._first_mask)
+        self._finish = begin_masks_of(matchers, self._words[: self._num_words], self._first_mask)
 
     def send(self) -> None:
         """Wait for the masks, and start their copy."""
         self._finish()
-        self._staging.send(self._buffer[: self._num_words])
+        self._copy.start(self._on_device[: self._num_words], self._on_host[: self._num_words])
 
-    def note_draw(self) -> None:
-        """The masks are needed no longer when the stream has come to here."""
-        self._staging.note_use()
+
+class SideCopy:
+    """A copy beside the current stream's work, here a forward pass; what comes after it in that stream waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream, self._copied = torch.cuda.Stream(device), torch.cuda.Event()
+
+    def start(self, target: Tensor, source: Tensor) -> None:
+        current = torch.cuda.current_stream()
+        try:
+            torch.cuda.set_stream(self._stream)  # a third of the time of torch's context manager
+            target.copy_(source, non_blocking=True)
+            self._copied.record()
+        finally:
+            torch.cuda.set_stream(current)
+        current.wait_event(self._copied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +180,17 @@ class Replayed:
     """A replayed step, in static buffers: until the next one is replayed."""
 
     logits: Tensor  # [num_samples, vocab]
-    token_ids: Tensor  # [num_samples] int64
+    drawn: Tensor  # [max_in_flight, max_num_seqs] int64, on the host: the device writes there
     step: StepTensors
     token_table: Tensor
     allowed: MaskBuffer
     draw: torch.cuda.CUDAGraph | None = None  # of `draw_allowed`
+    place: int = 0  # line of `drawn`, until so many steps later
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[num_samples] int64, there when the device has come to the draw's end."""
+        return self.drawn[self.place, : len(self.logits)]
 
     @torch.inference_mode()
     def draw_under_masks(self) -> SampledTokens:
@@ -197,13 +200,12 @@ class Replayed:
             self.draw_allowed()
         else:
             self.draw.replay()
-        self.allowed.note_draw()
         return SampledTokens(self.token_ids, None)
 
     def draw_allowed(self) -> None:
-        step, allowed = self.step, self.allowed
+        step, masks, lines = self.step, self.allowed.masks, self.allowed.lines
         places = step.sample_rows, step.sample_positions, self.token_table
-        draw_tokens(self.logits, step.inverse_temperature, step.keys, *places, self.token_ids, allowed.masks, allowed.lines)
+        draw_tokens(self.logits, step.inverse_temperature, step.keys, *places, self.drawn, masks, lines, place=step.place)
 
 
 class AnyToken:
@@ -227,6 +229,7 @@ class CudaGraphs:
         *,
         max_num_seqs: int,
         max_tokens: int,
+        max_in_flight: int,
         vocab_size: int,
     ) -> None:
         self.forward_step = forward_step
@@ -243,6 +246,9 @@ class CudaGraphs:
         self._padding: dict[Bucket, np.ndarray] = {}
         self._staging = Staging(max(bucket.num_words for bucket in [*self.decode_buckets, *self.mixed_buckets]))
         self._allowed = MaskBuffer(max_num_seqs, vocab_size, self.device)
+        is_gpu = self.device.type == "cuda"
+        self._drawn = torch.zeros(max_in_flight, max_num_seqs, dtype=torch.int64, pin_memory=is_gpu)  # by a step each
+        self._place = 0
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Replayed]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -267,12 +273,11 @@ class CudaGraphs:
         for bucket in [*self.decode_buckets[:4], *self.mixed_buckets]:
             self._allowed.begin({0: AnyToken()})
             self.run_padding(bucket).draw_under_masks()
-        torch.cuda.synchronize(self.device)
+            torch.cuda.synchronize(self.device)
 
     def run_padding(self, bucket: Bucket) -> Replayed:
         tensors = self._views(bucket, torch.from_numpy(self._empty(bucket)).to(self.device))
-        token_ids = torch.zeros(bucket.num_samples, dtype=torch.int64, device=self.device)
-        return Replayed(self.forward_step(tensors, token_ids), token_ids, tensors, self.token_table, self._allowed)
+        return Replayed(self.forward_step(tensors, self._drawn), self._drawn, tensors, self.token_table, self._allowed)
 
     def capture_all(self) -> None:
         """Smallest first. Running out of memory drops the larger buckets; another failure drops them all."""
@@ -293,13 +298,12 @@ class CudaGraphs:
     def _capture(self, bucket: Bucket) -> None:
         buffer = torch.from_numpy(self._empty(bucket)).to(self.device)
         tensors = self._views(bucket, buffer)
-        token_ids = torch.zeros(bucket.num_samples, dtype=torch.int64, device=self.device)
-        self.forward_step(tensors, token_ids)  # compiles the kernels, and lets libraries allocate
+        self.forward_step(tensors, self._drawn)  # compiles the kernels, and lets libraries allocate
         torch.cuda.synchronize()
         graph, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self.forward_step(tensors, token_ids)
-        replayed = Replayed(logits, token_ids, tensors, self.token_table, self._allowed, draw)
+            logits = self.forward_step(tensors, self._drawn)
+        replayed = Replayed(logits, self._drawn, tensors, self.token_table, self._allowed, draw)
         with torch.cuda.graph(draw, pool=self._pool):
             replayed.draw_allowed()
         self._buffers[bucket] = buffer
@@ -343,7 +347,8 @@ class CudaGraphs:
             self._fill(parts, batch)
         parts["inverse_temperature"][: len(keys)] = inverse_temperature.view(np.int32)
         parts["keys"][: len(keys)] = keys
-        parts["held"][0] = is_held
+        self._place = (self._place + 1) % len(self._drawn)
+        parts["held"][0], parts["place"][0] = is_held, self._place
         return bucket
 
     def replay(self, bucket: Bucket, num_samples: int) -> Replayed:
@@ -351,7 +356,7 @@ class CudaGraphs:
         self._staging.send(self._buffers[bucket])
         graph, replayed = self._graphs[bucket]
         graph.replay()
-        return replace(replayed, logits=replayed.logits[:num_samples], token_ids=replayed.token_ids[:num_samples])
+        return replace(replayed, logits=replayed.logits[:num_samples], place=self._place)
 
     def _find(self, batch: ScheduledBatch) -> Bucket | None:
         num_tokens, num_chunks = sum(batch.lengths), len(batch.lengths)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -47,12 +46,8 @@ FEW_WORDS = 64  # of a mask: single bytes are among the first tokens
 
 
 class LLGuidanceMatcher:
-    def __init__(
-        self, inner: Any, end_token_ids: Sequence[int], can_end_early: bool, budget: MaskBudget, strand: int = 0
-    ) -> None:
-        """`strand`: matchers of one grammar and one strand wait for each other, because they share what they learn."""
+    def __init__(self, inner: Any, end_token_ids: Sequence[int], can_end_early: bool, budget: MaskBudget) -> None:
         self.error: str | None = None
-        self.strand = strand
         self._is_complete = False
         self._inner = inner
         self._end_token_ids = end_token_ids
@@ -62,7 +57,7 @@ class LLGuidanceMatcher:
 
     def fork(self, can_end_early: bool, budget: MaskBudget) -> LLGuidanceMatcher:
         """The same place, to go on independently."""
-        return LLGuidanceMatcher(self._inner.deep_copy(), self._end_token_ids, can_end_early, budget, self.strand)
+        return LLGuidanceMatcher(self._inner.deep_copy(), self._end_token_ids, can_end_early, budget)
 
     def give_up(self) -> None:
         self._fail("it is too ambiguous: finding the next tokens takes too long")
@@ -97,10 +92,10 @@ class LLGuidanceMatcher:
             return lambda: None
         num_alone = -(-num_matchers // MASKS_PER_SAMPLE)
         lots = budget.draw_lots(num_matchers, num_alone)
-        over = {i for i in range(num_matchers) if matchers[i]._is_over}
-        running = [i for i in range(num_matchers) if i not in lots and i not in over]
-        running.sort(key=lambda i: matchers[i].strand)  # neighbours in the list go to one thread
-        wait = mask_threads(budget.num_threads).begin([(matchers[i]._inner, i) for i in running], masks, budget.clock)
+        over = {i for i, matcher in enumerate(matchers) if matcher._is_over}
+        apart = over | lots
+        running = [(matcher._inner, i) for i, matcher in enumerate(matchers) if i not in apart]
+        wait = mask_threads(budget.num_threads).begin(running, masks, budget.clock)
         alone = {i: matchers[i]._compute_mask(masks[i]) for i in lots}
 
         def finish() -> None:
@@ -109,7 +104,7 @@ class LLGuidanceMatcher:
             except BaseException as error:  # find out which
                 if isinstance(error, (KeyboardInterrupt, SystemExit)):
                     raise
-                for i in running:
+                for _, i in running:
                     matchers[i].fill_mask(masks[i])
             for i, seconds in alone.items():
                 budget.charge(matchers[i], seconds, num_matchers / num_alone)
@@ -184,7 +179,6 @@ class LLGuidanceGrammar:
         self._vocab_size = vocab_size
         self._end_token_ids = tuple(end_token_ids)
         self._compiled: OrderedDict[StructuredOutput, list[LLGuidanceMatcher]] = OrderedDict()  # strands, next first
-        self._strand_numbers = count()
         self._is_prepared = False
         self._lock = threading.Lock()  # of `_compiled`; nobody compiles under it
         self._budget = MaskBudget(num_threads=num_threads)
@@ -206,7 +200,10 @@ class LLGuidanceGrammar:
         self.compile(structured)  # the masks of its mark
 
     def _strands(self, structured: StructuredOutput, may_add: bool) -> list[LLGuidanceMatcher]:
-        """One at least. A thread waits for nobody who has a strand of his own: one more is added until there are enough."""
+        """One at least, and one more each time until each thread may have its own.
+
+        Matchers of one strand wait for each other, because they share what they learn.
+        """
         with self._lock:
             strands = self._compiled.get(structured, [])
         fresh = []
@@ -242,7 +239,7 @@ class LLGuidanceGrammar:
         if inner is None:
             inner = self._parse(structured, self._vocabulary)  # in whose message special tokens have their own names
         unused = MaskBudget()  # this mask counts as compilation
-        matcher = LLGuidanceMatcher(inner, self._end_token_ids, True, unused, next(self._strand_numbers))
+        matcher = LLGuidanceMatcher(inner, self._end_token_ids, True, unused)
         first = matcher.fork(True, unused)
         first.fill_mask(np.zeros(num_mask_words(self._vocab_size), dtype=np.int32))
         if first.error is not None:

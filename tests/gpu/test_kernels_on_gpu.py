@@ -219,6 +219,16 @@ class TestSampling:
         draw_tokens(logits, ones, rows, rows, torch.zeros_like(rows), table, tokens, held=flag)
         assert ((tokens == -7) == bool(held)).all() and ((table[:, 0] == -7) == bool(held)).all()
 
+    def test_tokens_are_written_to_a_place_of_the_hosts_memory(self, device):
+        drawn = torch.full((3, 8), -7, pin_memory=True)
+        logits, rows = torch.randn(4, 5000, device=device), torch.arange(4, dtype=torch.int32, device=device)
+        zeros, table = torch.zeros(4, device=device), torch.zeros(4, 1, dtype=torch.int32, device=device)
+        place = torch.ones(1, dtype=torch.int32, device=device)
+        draw_tokens(logits, zeros, rows, rows, torch.zeros_like(rows), table, drawn, place=place)
+        torch.cuda.synchronize()
+        assert drawn[1, :4].tolist() == logits.argmax(-1).tolist() == table[:, 0].tolist()
+        assert (drawn[[0, 2]] == -7).all() and (drawn[1, 4:] == -7).all()
+
     def test_grammars_and_logits_that_are_not_finite(self, device):
         logits = torch.zeros(4, 5000, device=device)
         logits[0], logits[1, 7], logits[2, 4000] = -math.inf, math.nan, math.inf

@@ -26,7 +26,6 @@ from nanovllm.parallel.group import ParallelGroup
 from nanovllm.platforms.base import select_platform
 from nanovllm.runner import cuda_graphs
 from nanovllm.runner.cuda_graphs import AnyToken, Bucket, CudaGraphs, Replayed
-from nanovllm.runner.pending import PendingStep
 from nanovllm.sampling_params import SamplingParams, StructuredOutput
 
 pytestmark = [
@@ -69,7 +68,7 @@ class EveryThird:
 
 
 class Staging:
-    def __init__(self, num_words: int, device: torch.device | None = None) -> None:
+    def __init__(self, num_words: int) -> None:
         self.words = np.zeros(num_words, np.int32)
 
     def place(self, num_words: int) -> np.ndarray:
@@ -78,8 +77,13 @@ class Staging:
     def send(self, target: torch.Tensor) -> None:
         target.copy_(torch.from_numpy(self.words[: len(target)]))
 
-    def note_use(self) -> None:
+
+class SideCopy:
+    def __init__(self, device: torch.device) -> None:
         pass
+
+    def start(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
 
 
 class Graph:
@@ -93,15 +97,16 @@ class Graph:
 
 def capture(self: CudaGraphs, bucket: Bucket) -> None:
     buffer = torch.from_numpy(self._empty(bucket).copy())
-    tensors, token_ids = self._views(bucket, buffer), torch.zeros(bucket.num_samples, dtype=torch.int64)
-    logits = self.forward_step(tensors, token_ids)
-    graph: Any = Graph(lambda: self.forward_step(tensors, token_ids), logits)
+    tensors = self._views(bucket, buffer)
+    logits = self.forward_step(tensors, self._drawn)
+    graph: Any = Graph(lambda: self.forward_step(tensors, self._drawn), logits)
     self._buffers[bucket] = buffer
-    self._graphs[bucket] = graph, Replayed(logits, token_ids, tensors, self.token_table, self._allowed)
+    self._graphs[bucket] = graph, Replayed(logits, self._drawn, tensors, self.token_table, self._allowed)
 
 
 def warm_up(runner: Any, backend: TritonAttention, config: EngineConfig, plan: Any, platform: Any, spec: Any, dtype: Any, _: Any):
-    graphs = runner.prepare_graphs(backend, config.max_num_seqs, config.max_num_batched_tokens)
+    sizes = {"max_num_seqs": config.max_num_seqs, "max_tokens": config.max_num_batched_tokens}
+    graphs = runner.prepare_graphs(backend, **sizes, max_in_flight=(config.num_steps_ahead or 0) + 2)
     runner.kv_caches = make_kv_caches(platform, backend, plan, spec, dtype)
     graphs._allowed.begin({0: AnyToken()})
     graphs.run_padding(graphs.decode_buckets[0]).draw_under_masks()
@@ -138,12 +143,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"nanovllm.kernels.{name}.use_kernel", lambda *_: True)
         for signal in ("gdc_wait", "gdc_launch_dependents"):  # one kernel after another: nothing to wait for
             monkeypatch.setattr(f"nanovllm.kernels.{name}.{signal}", lambda: None)
-    for name in ("Staging", "SideStaging"):
-        monkeypatch.setattr(cuda_graphs, name, Staging)
+    monkeypatch.setattr(cuda_graphs, "Staging", Staging)
+    monkeypatch.setattr(cuda_graphs, "SideCopy", SideCopy)
     monkeypatch.setattr(CudaGraphs, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    send = PendingStep.send  # a device copies in the order of its stream; here the next replay would be faster
-    monkeypatch.setattr(PendingStep, "send", lambda self, drawn, logprobs=None: send(self, drawn.clone(), logprobs))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_steps_ahead": 1}, {"num_steps_ahead": 2}, {"enforce_eager": True}], ids=str)

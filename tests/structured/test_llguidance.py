@@ -210,14 +210,30 @@ def test_threads_fill_the_masks_that_one_would(number):
                 assert matcher.accept(a) is None
 
 
-def test_each_thread_gets_its_own_copy_of_a_grammar():
+@pytest.fixture
+def strands_taken(monkeypatch) -> list[LLGuidanceMatcher]:
+    """What each matcher of a sequence is a copy of."""
+    taken, fork = [], LLGuidanceMatcher.fork
+
+    def noted(self: LLGuidanceMatcher, can_end_early: bool, budget: MaskBudget) -> LLGuidanceMatcher:
+        if budget.num_threads > 1:  # else one that is being compiled
+            taken.append(self)
+        return fork(self, can_end_early, budget)
+
+    monkeypatch.setattr(LLGuidanceMatcher, "fork", noted)
+    return taken
+
+
+def test_each_thread_gets_its_own_copy_of_a_grammar(strands_taken):
     """Copies of one compiled grammar share what they learn, under a lock: threads would wait for each other."""
     byte_level = Model(byte_level_backend())
     byte_level.grammar._budget = MaskBudget(num_threads=3)
     source, other = StructuredOutput("regex", "a+"), StructuredOutput("regex", "b+")
-    strands = [byte_level.compile(source).strand for _ in range(9)]
-    assert strands[:3] == strands[3:6] == strands[6:] and len(set(strands)) == 3
-    assert byte_level.compile(other).strand not in strands
+    for _ in range(9):
+        byte_level.compile(source)
+    assert strands_taken[:3] == strands_taken[3:6] == strands_taken[6:] and len(set(strands_taken)) == 3
+    byte_level.compile(other)
+    assert strands_taken[9] not in strands_taken[:9]
 
 
 def test_a_copy_that_compiles_slower_than_the_first_refuses_nobody(monkeypatch):
@@ -231,7 +247,7 @@ def test_a_copy_that_compiles_slower_than_the_first_refuses_nobody(monkeypatch):
         byte_level.grammar.prepare(StructuredOutput("regex", "b+"))
 
 
-def test_after_a_grammar_is_prepared_the_engine_compiles_nothing_more(monkeypatch):
+def test_after_a_grammar_is_prepared_the_engine_compiles_nothing_more(strands_taken, monkeypatch):
     """A thread beside the engine's prepares: a request of many completions, or the copies for threads, stop no step."""
     byte_level = Model(byte_level_backend())
     grammar, compiled_by = byte_level.grammar, []
@@ -244,11 +260,13 @@ def test_after_a_grammar_is_prepared_the_engine_compiles_nothing_more(monkeypatc
             thread = threading.Thread(target=grammar.prepare, args=[source])
             thread.start()
             thread.join()
-            matchers = [grammar.compile(source) for _ in range(8)]
+            strands_taken.clear()
+            for _ in range(8):
+                grammar.compile(source)
             assert threading.get_ident() not in compiled_by
             assert len(compiled_by) == num_prepared
         if source.after is None:
-            assert len({matcher.strand for matcher in matchers}) == 3
+            assert len(set(strands_taken)) == 3
 
 
 class Clock:
