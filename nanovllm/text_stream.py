@@ -33,11 +33,14 @@ class TextStreams:
     """Makes streams for one tokenizer and keeps what its tokens look like, so that sequences share the work."""
 
     def __init__(self, backend: tokenizers.Tokenizer, special_token_ids: Collection[int]) -> None:
-        self._rules = _read_decoder(backend)
-        self._tables = {
-            skips: _TokenTable(backend.id_to_token, self._rules.content_of_token, special_token_ids if skips else ())
-            for skips in (False, True)
-        }
+        self._rules = rules = _read_decoder(backend)
+
+        def content_of(token_id: int) -> Any:
+            token = backend.id_to_token(token_id)
+            return None if token is None else rules.content_of_token(token)
+
+        every = _TokenTable(content_of)
+        self._tables = {False: every, True: _TokenTable(every.__getitem__, special_token_ids)}
 
     def open(self, skip_special_tokens: bool) -> TextStream:
         return self._rules.open(self._tables[skip_special_tokens])
@@ -50,16 +53,12 @@ class TextStreams:
 class _TokenTable(dict):
     """Token id -> what it contributes; filled as tokens appear. None: nothing, as if the token were not there."""
 
-    def __init__(
-        self, id_to_token: Callable[[int], str | None], content_of_token: Callable[[str], Any], skipped: Collection[int]
-    ):
+    def __init__(self, content_of: Callable[[int], Any], skipped: Collection[int] = ()):
         super().__init__(dict.fromkeys(skipped))
-        self._id_to_token = id_to_token
-        self._content_of_token = content_of_token
+        self._content_of = content_of
 
     def __missing__(self, token_id: int) -> Any:
-        token = self._id_to_token(token_id)
-        content = self[token_id] = None if token is None else self._content_of_token(token)
+        content = self[token_id] = self._content_of(token_id)
         return content
 
 

@@ -178,18 +178,19 @@ class LLMEngine:
         for sequence in grown:
             request = self._requests[sequence.request_id]
             outputs[sequence.request_id] = request.output
-            self._grow(request, sequence)
+            stop_string = request.grow(sequence, self._clock)
+            if stop_string is not None:
+                self._stop_at(stop_string, sequence)
         outputs.update((output.request_id, output) for output in self._close_finished())
         if self.events.listeners:
             apply_ns = time.perf_counter_ns() - started
             self.events.emit(StepCollected(self._clock(), result.step, len(grown), result.forward_ns, apply_ns))
         return list(outputs.values())
 
-    def _grow(self, request: Request, sequence: Sequence) -> None:
-        stop_string = request.grow(sequence, self._clock)
-        if stop_string is not None and not sequence.is_finished:
+    def _stop_at(self, stop_string: str, sequence: Sequence) -> None:
+        if not sequence.is_finished:
             self.scheduler.finish(sequence, "stop", stop_string)
-        elif stop_string is not None:  # a stop token or the limit came with the same token: the text ends at the string
+        else:  # a stop token or the limit came with the same token: the text ends at the string
             sequence.finish_reason, sequence.stop_reason = "stop", stop_string
 
     def _close_finished(self) -> list[GenerationOutput]:
