@@ -162,7 +162,7 @@ class ModelRunner:
         if not is_plain:
             return self._draw(batch, replayed.logits)
         if batch.matchers:
-            return PendingStep(batch.step, replayed.draw_under_masks, lambda: replayed.allowed.begin(batch.matchers))
+            return PendingStep(batch.step, replayed.draw_under_masks, lambda: replayed.masks.begin(batch.matchers))
         return PendingStep(batch.step).send(replayed.token_ids)
 
     def _score_prompts(self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor) -> dict[int, list[BatchLogprobs]]:

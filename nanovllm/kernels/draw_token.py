@@ -35,7 +35,7 @@ def draw_tokens(
     logits: [S, V]; inverse_temperature: [S] float32; keys, rows, positions: [S] int32. Under grammars only tokens whose bit
     is set: masks: [m, num_mask_words] int32, token t is bit t % 32 of word t // 32; mask_lines: [S] int32, -1 without a mask.
     held: [1] int32; where it is not 0 nothing is drawn or written. place: [1] int32, the line of `token_ids`, [m, at least S]
-    then, to write to. That may be pinned memory of the host.
+    then, to write to. Both `masks` and `token_ids` may be pinned memory of the host.
     """
     num_samples, vocab_size = logits.shape
     num_tiles = triton.cdiv(vocab_size, TILE)
@@ -110,9 +110,13 @@ def _reduce_tile_kernel(
     if mask_ptr is not None:
         line = tl.load(mask_line_ptr + sample).to(tl.int64)
         if line >= 0:
-            words = tl.load(mask_ptr + line * mask_stride + token // 32, token < vocab_size, other=0)
+            word = tile * (TILE // 32) + tl.arange(0, TILE // 32)
+            words = tl.load(
+                mask_ptr + line * mask_stride + word, word * 32 < vocab_size, other=0
+            )  # once: the host's memory is far
+            bits = tl.reshape((words[:, None] >> tl.arange(0, 32)[None, :]) & 1, [TILE])
             lowest = tl.maximum(logit, FORBIDDEN)  # above the rest even if the model says -inf
-            score = tl.where((words >> (token % 32)) & 1 != 0, lowest, float("-inf"))
+            score = tl.where((bits != 0) & (token < vocab_size), lowest, float("-inf"))
     score = tl.where(logit == logit, score, float("inf"))  # NaN wins, and is then found out
     inverse_temperature = tl.load(inverse_temperature_ptr + sample)
     if inverse_temperature > 0.0:

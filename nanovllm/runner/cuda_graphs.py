@@ -28,9 +28,8 @@ from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.kernels.draw_token import draw_tokens
 from nanovllm.log import degraded, logger
 from nanovllm.runner.state import RowState
-from nanovllm.sampling.penalties import begin_masks_of
 from nanovllm.sampling.sampler import SampledTokens
-from nanovllm.structured.base import Matchers, num_mask_words
+from nanovllm.structured.base import Matchers, begin_masks, num_mask_words
 
 
 @dataclass(slots=True)
@@ -44,6 +43,7 @@ class StepTensors:
     sample_positions: Tensor  # [S], that the drawn tokens take
     inverse_temperature: Tensor  # [S] float32, 0 for greedy
     keys: Tensor  # [S]
+    mask_lines: Tensor  # [S], -1 without a mask
     held: Tensor  # [1], 1 where the tokens are drawn afterwards, not by the graph
     place: Tensor  # [1], the line of the drawn tokens
     plan: TritonPlan
@@ -75,6 +75,7 @@ class Bucket:
             ("sample_positions", (samples,)),
             ("inverse_temperature", (samples,)),
             ("keys", (samples,)),
+            ("mask_lines", (samples,)),
             ("decode_items", (self.num_decode_items, ITEM_FIELDS)),
             ("prompt_items", (self.num_prompt_items, ITEM_FIELDS)),
             ("needed_items", (0 if self.is_decode else self.num_decode_items, ITEM_FIELDS)),
@@ -130,49 +131,20 @@ def mixed_sizes(max_tokens: int) -> list[int]:
     return sorted({size for size in sizes if size < max_tokens} | {max_tokens})
 
 
-class MaskBuffer:
-    """What grammars allow in one step, on the device: at one address, so that a graph can draw under it.
+class HostMasks:
+    """What grammars allow in one step: in pinned memory, from where the device reads it when it draws.
 
-    One place on the host is enough, and nobody waits for it: masks follow from tokens that were read, so the draw before is over.
+    One place is enough, and nobody waits for it: masks follow from tokens that were read, so the draw before is over.
     """
 
-    def __init__(self, max_num_samples: int, vocab_size: int, device: torch.device) -> None:
-        self._num_mask_words = num_mask_words(vocab_size)
-        self._first_mask = -(-max_num_samples // 4) * 4  # aligned to 16 bytes
-        num_words = self._first_mask + max_num_samples * self._num_mask_words
-        self._on_host = torch.empty(num_words, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._words = self._on_host.numpy()
-        self._on_device = torch.full((num_words,), -1, dtype=torch.int32, device=device)
-        self._copy = SideCopy(device)
-        self.lines = self._on_device[:max_num_samples]  # [max_num_samples] of each sample, -1 without a mask
-        self.masks = self._on_device[self._first_mask :].view(max_num_samples, -1)  # [max_num_samples, num_mask_words]
+    def __init__(self, max_num_samples: int, vocab_size: int, is_pinned: bool) -> None:
+        self.words = torch.empty(max_num_samples, num_mask_words(vocab_size), dtype=torch.int32, pin_memory=is_pinned)
+        self._array = self.words.numpy()
+        self.finish: Callable[[], None]  # waits until the masks are there
 
     def begin(self, matchers: Matchers) -> None:
-        """Begin to write the masks, while the host goes on."""
-        self._num_words = self._first_mask + len(matchers) * self._num_mask_words
-        self._finish = begin_masks_of(matchers, self._words[: self._num_words], self._first_mask)
-
-    def send(self) -> None:
-        """Wait for the masks, and start their copy."""
-        self._finish()
-        self._copy.start(self._on_device[: self._num_words], self._on_host[: self._num_words])
-
-
-class SideCopy:
-    """A copy beside the current stream's work, here a forward pass; what comes after it in that stream waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream, self._copied = torch.cuda.Stream(device), torch.cuda.Event()
-
-    def start(self, target: Tensor, source: Tensor) -> None:
-        current = torch.cuda.current_stream()
-        try:
-            torch.cuda.set_stream(self._stream)  # a third of the time of torch's context manager
-            target.copy_(source, non_blocking=True)
-            self._copied.record()
-        finally:
-            torch.cuda.set_stream(current)
-        current.wait_event(self._copied)
+        """Begin to write the masks, line by line, while the host goes on."""
+        self.finish = begin_masks(list(matchers.values()), self._array[: len(matchers)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +155,7 @@ class Replayed:
     drawn: Tensor  # [max_in_flight, max_num_seqs] int64, on the host: the device writes there
     step: StepTensors
     token_table: Tensor
-    allowed: MaskBuffer
+    masks: HostMasks
     draw: torch.cuda.CUDAGraph | None = None  # of `draw_allowed`
     place: int = 0  # line of `drawn`, until so many steps later
 
@@ -194,8 +166,8 @@ class Replayed:
 
     @torch.inference_mode()
     def draw_under_masks(self) -> SampledTokens:
-        """What the graph has left: under the masks that `allowed` has begun to write."""
-        self.allowed.send()
+        """What the graph has left: under the masks that were begun."""
+        self.masks.finish()
         if self.draw is None:
             self.draw_allowed()
         else:
@@ -203,9 +175,10 @@ class Replayed:
         return SampledTokens(self.token_ids, None)
 
     def draw_allowed(self) -> None:
-        step, masks, lines = self.step, self.allowed.masks, self.allowed.lines
+        step = self.step
         places = step.sample_rows, step.sample_positions, self.token_table
-        draw_tokens(self.logits, step.inverse_temperature, step.keys, *places, self.drawn, masks, lines, place=step.place)
+        masks = self.masks.words, step.mask_lines
+        draw_tokens(self.logits, step.inverse_temperature, step.keys, *places, self.drawn, *masks, place=step.place)
 
 
 class AnyToken:
@@ -245,8 +218,8 @@ class CudaGraphs:
         self._buffers: dict[Bucket, Tensor] = {}
         self._padding: dict[Bucket, np.ndarray] = {}
         self._staging = Staging(max(bucket.num_words for bucket in [*self.decode_buckets, *self.mixed_buckets]))
-        self._allowed = MaskBuffer(max_num_seqs, vocab_size, self.device)
         is_gpu = self.device.type == "cuda"
+        self._masks = HostMasks(max_num_seqs, vocab_size, is_gpu)
         self._drawn = torch.zeros(max_in_flight, max_num_seqs, dtype=torch.int64, pin_memory=is_gpu)  # by a step each
         self._place = 0
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Replayed]] = {}
@@ -271,13 +244,13 @@ class CudaGraphs:
     def warm_up(self) -> None:
         """Run steps that need every variant of the kernels: they differ by the number of tokens."""
         for bucket in [*self.decode_buckets[:4], *self.mixed_buckets]:
-            self._allowed.begin({0: AnyToken()})
+            self._masks.begin({0: AnyToken()})
             self.run_padding(bucket).draw_under_masks()
             torch.cuda.synchronize(self.device)
 
     def run_padding(self, bucket: Bucket) -> Replayed:
         tensors = self._views(bucket, torch.from_numpy(self._empty(bucket)).to(self.device))
-        return Replayed(self.forward_step(tensors, self._drawn), self._drawn, tensors, self.token_table, self._allowed)
+        return Replayed(self.forward_step(tensors, self._drawn), self._drawn, tensors, self.token_table, self._masks)
 
     def capture_all(self) -> None:
         """Smallest first. Running out of memory drops the larger buckets; another failure drops them all."""
@@ -303,7 +276,7 @@ class CudaGraphs:
         graph, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             logits = self.forward_step(tensors, self._drawn)
-        replayed = Replayed(logits, self._drawn, tensors, self.token_table, self._allowed, draw)
+        replayed = Replayed(logits, self._drawn, tensors, self.token_table, self._masks, draw)
         with torch.cuda.graph(draw, pool=self._pool):
             replayed.draw_allowed()
         self._buffers[bucket] = buffer
@@ -316,6 +289,7 @@ class CudaGraphs:
             parts = bucket.split(buffer)
             parts["token_rows"][:] = -1
             parts["sample_rows"][:] = self.spare_row
+            parts["mask_lines"][:] = -1
             self._padding[bucket] = buffer
         return self._padding[bucket]
 
@@ -348,6 +322,8 @@ class CudaGraphs:
         parts["inverse_temperature"][: len(keys)] = inverse_temperature.view(np.int32)
         parts["keys"][: len(keys)] = keys
         self._place = (self._place + 1) % len(self._drawn)
+        if batch.matchers:
+            parts["mask_lines"][list(batch.matchers)] = np.arange(len(batch.matchers))
         parts["held"][0], parts["place"][0] = is_held, self._place
         return bucket
 

@@ -247,22 +247,15 @@ def upload_masks(matchers: Matchers, num_samples: int, vocab_size: int, device: 
 
     A sample without a mask has the line -1. One copy, of bits, because bytes would be 8 times as many.
     """
-    num_words = num_samples + len(matchers) * num_mask_words(vocab_size)
-    on_host = torch.empty(num_words, dtype=torch.int32, pin_memory=device.type == "cuda")
-    begin_masks_of(matchers, on_host.numpy(), num_samples)()
-    on_device = on_host.to(device, non_blocking=True)
-    return on_device[num_samples:].view(len(matchers), -1), on_device[:num_samples]
-
-
-def begin_masks_of(matchers: Matchers, words: np.ndarray, first_mask: int) -> Callable[[], None]:
-    """Lines of samples, then from `first_mask` on the masks: [first_mask + m * num_mask_words] int32.
-
-    All is there when the function that is returned has been called.
-    """
-    lines, masks = words[:first_mask], words[first_mask:].reshape(len(matchers), -1)
+    words_per_mask = num_mask_words(vocab_size)
+    on_host = torch.empty(num_samples + len(matchers) * words_per_mask, dtype=torch.int32, pin_memory=device.type == "cuda")
+    array = on_host.numpy()
+    lines, masks = array[:num_samples], array[num_samples:].reshape(len(matchers), words_per_mask)
     lines.fill(-1)
     lines[list(matchers)] = np.arange(len(matchers))
-    return begin_masks(list(matchers.values()), masks)
+    begin_masks(list(matchers.values()), masks)()
+    on_device = on_host.to(device, non_blocking=True)
+    return on_device[num_samples:].view(len(matchers), -1), on_device[:num_samples]
 
 
 def _forbid_where(condition: Tensor, scores: Tensor, samples: Tensor, tokens: Tensor) -> None:

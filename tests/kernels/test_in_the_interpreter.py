@@ -78,14 +78,6 @@ class Staging:
         target.copy_(torch.from_numpy(self.words[: len(target)]))
 
 
-class SideCopy:
-    def __init__(self, device: torch.device) -> None:
-        pass
-
-    def start(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        target.copy_(source)
-
-
 class Graph:
     def __init__(self, run: Callable[[], torch.Tensor], logits: torch.Tensor) -> None:
         self.run, self.logits, self.num_replays = run, logits, 0
@@ -101,14 +93,14 @@ def capture(self: CudaGraphs, bucket: Bucket) -> None:
     logits = self.forward_step(tensors, self._drawn)
     graph: Any = Graph(lambda: self.forward_step(tensors, self._drawn), logits)
     self._buffers[bucket] = buffer
-    self._graphs[bucket] = graph, Replayed(logits, self._drawn, tensors, self.token_table, self._allowed)
+    self._graphs[bucket] = graph, Replayed(logits, self._drawn, tensors, self.token_table, self._masks)
 
 
 def warm_up(runner: Any, backend: TritonAttention, config: EngineConfig, plan: Any, platform: Any, spec: Any, dtype: Any, _: Any):
     sizes = {"max_num_seqs": config.max_num_seqs, "max_tokens": config.max_num_batched_tokens}
     graphs = runner.prepare_graphs(backend, **sizes, max_in_flight=(config.num_steps_ahead or 0) + 2)
     runner.kv_caches = make_kv_caches(platform, backend, plan, spec, dtype)
-    graphs._allowed.begin({0: AnyToken()})
+    graphs._masks.begin({0: AnyToken()})
     graphs.run_padding(graphs.decode_buckets[0]).draw_under_masks()
     if not config.enforce_eager:
         graphs.capture_all()
@@ -144,7 +136,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         for signal in ("gdc_wait", "gdc_launch_dependents"):  # one kernel after another: nothing to wait for
             monkeypatch.setattr(f"nanovllm.kernels.{name}.{signal}", lambda: None)
     monkeypatch.setattr(cuda_graphs, "Staging", Staging)
-    monkeypatch.setattr(cuda_graphs, "SideCopy", SideCopy)
     monkeypatch.setattr(CudaGraphs, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
