@@ -8,6 +8,7 @@ does. Read next: `runner/inputs.py`, `models/decoder.py`.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,7 +124,7 @@ class ModelRunner:
     @torch.inference_mode()
     def _draw_tokens(self, batch: ScheduledBatch, logits: Tensor) -> SampledTokens:
         rows, positions = _sampled_places(batch)
-        sampled = self.sampler.sample(logits, rows, positions, self.state.token_ids, batch.matchers)
+        sampled = self.sampler.sample(logits, rows, positions.tolist(), self.state.token_ids, batch.matchers)
         device = logits.device
         self.state.write_sampled(upload(rows, device), upload(positions, device), sampled.token_ids)
         return sampled
@@ -153,8 +154,9 @@ class ModelRunner:
         """Write the inputs of the graph that fits, if one does, on the host. And whether that graph can draw for all rows."""
         if self.graphs is None:
             return None
-        inverse_temperature, keys, is_plain = self.sampler.plain_operands(*_sampled_places(batch))
-        bucket = self.graphs.fill(batch, inverse_temperature, keys, is_held=bool(batch.matchers) or not is_plain)
+        rows, positions = _sampled_places(batch)
+        inverse_temperature, keys, is_plain = self.sampler.plain_operands(rows, positions)
+        bucket = self.graphs.fill(batch, positions, inverse_temperature, keys, bool(batch.matchers) or not is_plain)
         return bucket and (bucket, is_plain)
 
     def _replay(self, batch: ScheduledBatch, bucket: Bucket, is_plain: bool) -> PendingStep:
@@ -187,7 +189,9 @@ class ModelRunner:
         return scores
 
 
-def _sampled_places(batch: ScheduledBatch) -> tuple[list[int], list[int]]:
-    """Rows of the chunks that draw, and the positions that their tokens will take."""
-    rows = [batch.rows[chunk] for chunk in batch.sampled_chunks]
-    return rows, [batch.starts[chunk] + batch.lengths[chunk] for chunk in batch.sampled_chunks]
+def _sampled_places(batch: ScheduledBatch) -> tuple[list[int], np.ndarray]:
+    """Rows of the chunks that draw, and the positions that their tokens will take, [num_samples] int64."""
+    chunks, positions = batch.sampled_chunks, np.array(batch.starts) + np.array(batch.lengths)
+    if len(chunks) == len(batch.rows):
+        return batch.rows, positions
+    return [batch.rows[chunk] for chunk in chunks], positions[np.array(chunks, dtype=np.int64)]

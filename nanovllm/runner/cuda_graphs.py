@@ -217,6 +217,8 @@ class CudaGraphs:
         self.mixed_buckets = [self._mixed_bucket(size, min(size, max_num_seqs), extra) for size in mixed_sizes(max_tokens)]
         self._buffers: dict[Bucket, Tensor] = {}
         self._padding: dict[Bucket, np.ndarray] = {}
+        self._filled: dict[Bucket, tuple[np.ndarray, dict[str, np.ndarray]]] = {}  # inputs of the last step, whole and in parts
+        self._decoded: tuple[Bucket | None, list[int], np.ndarray] = None, [], np.empty(0)  # last: bucket, rows, positions
         self._staging = Staging(max(bucket.num_words for bucket in [*self.decode_buckets, *self.mixed_buckets]))
         is_gpu = self.device.type == "cuda"
         self._masks = HostMasks(max_num_seqs, vocab_size, is_gpu)
@@ -303,28 +305,40 @@ class CudaGraphs:
 
     # --- replay
 
-    def fill(self, batch: ScheduledBatch, inverse_temperature: np.ndarray, keys: np.ndarray, is_held: bool) -> Bucket | None:
+    def fill(
+        self,
+        batch: ScheduledBatch,
+        positions: np.ndarray,
+        inverse_temperature: np.ndarray,
+        keys: np.ndarray,
+        is_held: bool,
+    ) -> Bucket | None:
         """Write the inputs of a step on the host. Returns the bucket to replay; None when no captured one fits.
 
-        inverse_temperature: [num_samples] float32; keys: [num_samples] int32. `is_held`: the graph is not to draw.
+        positions: [num_samples] int64, that the drawn tokens take; inverse_temperature: [num_samples] float32; keys:
+        [num_samples] int32. `is_held`: the graph is not to draw.
         """
         bucket = self._find(batch)
         if bucket is None:
             return None
-
-        words = self._staging.place(bucket.num_words)
-        words[:] = self._empty(bucket)
-        parts = bucket.split(words)
-        if bucket.is_decode:
-            self._fill_decodes(parts, batch)
-        else:
+        if bucket not in self._filled:
+            words = self._empty(bucket).copy()
+            self._filled[bucket] = words, bucket.split(words)
+        words, parts = self._filled[bucket]
+        if not bucket.is_decode:
+            words[:] = self._empty(bucket)
             self._fill(parts, batch)
+        elif not self._advance(bucket, parts, batch.rows, positions):
+            words[:] = self._empty(bucket)
+            self._fill_decodes(parts, batch.rows, positions)
         parts["inverse_temperature"][: len(keys)] = inverse_temperature.view(np.int32)
         parts["keys"][: len(keys)] = keys
         self._place = (self._place + 1) % len(self._drawn)
+        parts["mask_lines"].fill(-1)
         if batch.matchers:
             parts["mask_lines"][list(batch.matchers)] = np.arange(len(batch.matchers))
         parts["held"][0], parts["place"][0] = is_held, self._place
+        self._staging.place(bucket.num_words)[:] = words
         return bucket
 
     def replay(self, bucket: Bucket, num_samples: int) -> Replayed:
@@ -342,16 +356,29 @@ class CudaGraphs:
                 return bucket
         return None
 
-    def _fill_decodes(self, parts: dict[str, np.ndarray], batch: ScheduledBatch) -> None:
+    def _fill_decodes(self, parts: dict[str, np.ndarray], rows: list[int], positions: np.ndarray) -> None:
         """What `_fill` does, where each chunk is one token that draws."""
-        rows, starts = np.array(batch.rows), np.array(batch.starts)
         num_tokens = len(rows)
         parts["token_rows"][:num_tokens] = parts["sample_rows"][:num_tokens] = rows
-        parts["positions"][:num_tokens] = starts
+        parts["positions"][:num_tokens] = positions - 1
         parts["sample_tokens"][:num_tokens] = np.arange(num_tokens)
-        parts["sample_positions"][:num_tokens] = starts + 1
-        items = self._decode_items.plan(starts, rows)
+        parts["sample_positions"][:num_tokens] = positions
+        items = self._decode_items.plan(positions - 1, np.array(rows))
         parts["decode_items"][: len(items)] = items
+
+    def _advance(self, bucket: Bucket, parts: dict[str, np.ndarray], rows: list[int], positions: np.ndarray) -> bool:
+        """Whether the same sequences decode on, and their attention is split as before: then only lengths change."""
+        last_bucket, last_rows, last_positions = self._decoded
+        self._decoded = bucket, rows, positions
+        if bucket is not last_bucket or rows != last_rows or (positions - last_positions != 1).any():
+            return False
+        items = self._decode_items.advance()
+        if items is None:
+            return False
+        parts["positions"][: len(rows)] += 1
+        parts["sample_positions"][: len(rows)] += 1
+        parts["decode_items"][: len(items)] = items
+        return True
 
     def _fill(self, parts: dict[str, np.ndarray], batch: ScheduledBatch) -> None:
         rows, starts, lengths = np.array(batch.rows), np.array(batch.starts), np.array(batch.lengths)

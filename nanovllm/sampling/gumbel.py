@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 MASK_64 = 2**64 - 1
+STEPS_TOGETHER = 16  # whose keys are computed at once
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, rounded to odd: the steps of a Weyl sequence
 
 
@@ -37,13 +38,39 @@ def stream_of(seed: int) -> int:
     return z ^ (z >> 31)
 
 
-def draw_keys(streams: np.ndarray, positions: Sequence[int]) -> np.ndarray:
-    """The keys, [n] int32 (the bits of a uint32), of the draws at `positions` in `streams`, [n] uint64."""
+def draw_keys(streams: np.ndarray, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The keys, [n] int32 (the bits of a uint32), of the draws at `positions` in `streams`, [n] uint64.
+
+    Of several steps at once where `positions` is [number of steps, n].
+    """
     z = streams + (np.asarray(positions, dtype=np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)
     return (z >> np.uint64(32)).astype(np.uint32).view(np.int32)
+
+
+class KeysOfSteps:
+    """`draw_keys` of step after step. While each stream goes on by one position, those of some steps are computed together."""
+
+    def __init__(self, streams: np.ndarray) -> None:
+        self._streams = streams
+        self._keys = np.empty((0, len(streams)), dtype=np.int32)
+        self._positions = np.full(len(streams), -1)  # of the first of them
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """[n] int64 -> [n] int32."""
+        ahead = positions - self._positions
+        step = ahead[0] if len(ahead) else -1
+        if step < 0 or (ahead != step).any():
+            number = 1
+        elif step < len(self._keys):
+            return self._keys[step]
+        else:
+            number = STEPS_TOGETHER
+        self._positions = positions
+        self._keys = draw_keys(self._streams, positions + np.arange(number)[:, None])
+        return self._keys[0]
 
 
 def token_hashes(vocab_size: int) -> Tensor:
