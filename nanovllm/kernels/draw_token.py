@@ -106,7 +106,7 @@ def _reduce_tile_kernel(
     sample, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
     logit = tl.load(logits_ptr + sample * stride + token, token < vocab_size, other=float("-inf")).to(tl.float32)
-    score = logit
+    score, live = logit, tl.full([], 1, tl.int32)
     if mask_ptr is not None:
         line = tl.load(mask_line_ptr + sample).to(tl.int64)
         if line >= 0:
@@ -114,12 +114,13 @@ def _reduce_tile_kernel(
             words = tl.load(
                 mask_ptr + line * mask_stride + word, word * 32 < vocab_size, other=0
             )  # once: the host's memory is far
+            live = tl.max((words != 0).to(tl.int32), 0)  # 0: nothing of this tile may come, so it needs no noise
             bits = tl.reshape((words[:, None] >> tl.arange(0, 32)[None, :]) & 1, [TILE])
             lowest = tl.maximum(logit, FORBIDDEN)  # above the rest even if the model says -inf
             score = tl.where((bits != 0) & (token < vocab_size), lowest, float("-inf"))
     score = tl.where(logit == logit, score, float("inf"))  # NaN wins, and is then found out
     inverse_temperature = tl.load(inverse_temperature_ptr + sample)
-    if inverse_temperature > 0.0:
+    if (inverse_temperature > 0.0) & (live != 0):
         score = score_of(score * inverse_temperature, draw_bits(token, tl.load(key_ptr + sample).to(tl.uint32, bitcast=True)))
     best, winner = leader(score, token)
     tl.store(best_ptr + sample * num_tiles + tile, best)

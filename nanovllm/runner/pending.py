@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from nanovllm.outputs import PositionLogprobs
 from nanovllm.sampling.logprobs import BatchLogprobs
 from nanovllm.sampling.sampler import SampledTokens
 
+_EVENTS: dict[int, list[Any]] = defaultdict(list)
 NOTHING = torch.empty(0, dtype=torch.int64)
 
 
@@ -29,13 +32,15 @@ class PendingStep:
     embeddings: dict[int, Tensor] = field(default_factory=dict)
     forward_ns: int = 0
     spans: list[tuple[Any, Any]] = field(default_factory=list)  # of a GPU's work on it: events at begin and end
+    done: Any = None  # event after all of that
 
     def end_timing(self, started: Any) -> None:
         """The work that began with `started`, of `begin_timing`, has been done, or is in the stream of a GPU."""
         if isinstance(started, int):
             self.forward_ns += time.perf_counter_ns() - started
         else:
-            self.spans.append((started, record_event()))
+            self.done = record_event()
+            self.spans.append((started, self.done))
 
     def begin_draw(self) -> None:
         """Every token before this step has been shown to its matchers."""
@@ -50,7 +55,7 @@ class PendingStep:
             started = time.perf_counter_ns()
             self.send(*self.held())
             if self.spans:  # a GPU's time is that of the forward pass: it may stand still until the masks are there
-                self.spans.append((now := record_event(), now))
+                self.done = record_event()
             else:
                 self.end_timing(started)
 
@@ -65,9 +70,10 @@ class PendingStep:
     def result(self) -> StepResult:
         """Wait for the device, and bring everything to the host."""
         self.draw()
-        if self.spans:
-            self.spans[-1][1].synchronize()
+        if self.done is not None:
+            self.done.synchronize()
             self.forward_ns = sum(round(started.elapsed_time(ended) * 1e6) for started, ended in self.spans)
+            _unused_events().extend({self.done, *chain.from_iterable(self.spans)})
         return StepResult(
             step=self.step,
             token_ids=self.token_ids.unsqueeze(1).tolist(),
@@ -84,9 +90,15 @@ def begin_timing(on_gpu: bool) -> Any:
 
 
 def record_event() -> Any:
-    event = torch.cuda.Event(enable_timing=True)
+    unused = _unused_events()
+    event = unused.pop() if unused else torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def _unused_events() -> list[Any]:
+    """Of the current device. Making one takes half as long as recording it."""
+    return _EVENTS[torch.cuda.current_device()]
 
 
 def _to_host(parts: list[BatchLogprobs]) -> list[PositionLogprobs]:
