@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,7 +16,7 @@ from nanovllm.outputs import PositionLogprobs
 from nanovllm.sampling.logprobs import BatchLogprobs
 from nanovllm.sampling.sampler import SampledTokens
 
-_EVENTS: dict[int, list[Any]] = defaultdict(list)
+UNUSED_EVENTS: list[Any] = []  # making one takes half as long as recording it
 NOTHING = torch.empty(0, dtype=torch.int64)
 
 
@@ -73,7 +72,7 @@ class PendingStep:
         if self.done is not None:
             self.done.synchronize()
             self.forward_ns = sum(round(started.elapsed_time(ended) * 1e6) for started, ended in self.spans)
-            _unused_events().extend({self.done, *chain.from_iterable(self.spans)})
+            UNUSED_EVENTS.extend({self.done, *chain.from_iterable(self.spans)})
         return StepResult(
             step=self.step,
             token_ids=self.token_ids.unsqueeze(1).tolist(),
@@ -90,15 +89,9 @@ def begin_timing(on_gpu: bool) -> Any:
 
 
 def record_event() -> Any:
-    unused = _unused_events()
-    event = unused.pop() if unused else torch.cuda.Event(enable_timing=True)
+    event = UNUSED_EVENTS.pop() if UNUSED_EVENTS else torch.cuda.Event(enable_timing=True)
     event.record()
     return event
-
-
-def _unused_events() -> list[Any]:
-    """Of the current device. Making one takes half as long as recording it."""
-    return _EVENTS[torch.cuda.current_device()]
 
 
 def _to_host(parts: list[BatchLogprobs]) -> list[PositionLogprobs]:
