@@ -335,7 +335,9 @@ class CudaGraphs:
         parts["keys"][: len(keys)] = keys
         self._place = (self._place + 1) % len(self._drawn)
         parts["mask_lines"].fill(-1)
-        if batch.matchers:
+        if len(batch.matchers) == len(keys):
+            parts["mask_lines"][: len(keys)] = np.arange(len(keys))
+        elif batch.matchers:
             parts["mask_lines"][list(batch.matchers)] = np.arange(len(batch.matchers))
         parts["held"][0], parts["place"][0] = is_held, self._place
         self._staging.place(bucket.num_words)[:] = words

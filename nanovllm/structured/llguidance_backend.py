@@ -33,7 +33,7 @@ from nanovllm.tokenizer import Tokenizer
 
 MAX_LEXER_STATES = 50_000  # of one sequence, 1 to 2 kB each
 MAX_COMPILE_SECONDS = 0.5  # of processor time, the first mask included
-MAX_COMPILED = 64  # grammars kept for the next request with the same one
+MAX_COMPILED = 40  # grammars kept for the next request with the same one, each once a thread
 MAX_MARKS = 8  # whose masks are kept; a server has one or two
 MAX_MESSAGE_LENGTH = 400  # characters of a compiler's message
 # Between the parts of a JSON text. Without a limit small models write newlines until their tokens are used up.
@@ -42,7 +42,7 @@ JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 
 MIN_TOGETHER = 4  # masks; below, waking threads costs more than it saves
 MASKS_PER_SAMPLE = 16
-FEW_WORDS = 64  # of a mask: single bytes are among the first tokens
+FEW_WORDS = 16  # of a mask, a line of the processor's cache: single bytes are among the first tokens
 
 
 class LLGuidanceMatcher:
