@@ -4,7 +4,8 @@
 
 Runs the same seeded prompts at temperature 0.7 with every form and without one, by turns. `step_ms`: wall-clock time of a
 whole generation over its steps, median of the repeats (start them on a quiet machine). `mask_us`, `accept_us`: processor
-time a token, from one more run that measures every call. Any model with a tokenizer that knows the letters of JSON will do.
+time a token, from one more run that measures every call. `host_ms`: how long a fixed piece of Python takes, after each run without
+a grammar; where others use the same cores it varies by two. Any model with a tokenizer that knows the letters of JSON will do.
 """
 
 from __future__ import annotations
@@ -89,16 +90,26 @@ def parts_us(llm: LLM, structured: StructuredOutput, num_sequences: int, num_tok
     }
 
 
+def host_ms() -> float:
+    started, total = time.perf_counter(), 0
+    for number in range(100_000):
+        total += number
+    return (time.perf_counter() - started) * 1000
+
+
 @few_full_collections()  # as in `LLM.generate` and in a server
 def measure(llm: LLM, num_sequences: int, arguments: argparse.Namespace) -> dict[str, Any]:
     steps: dict[str, list[float]] = defaultdict(list)
+    host: list[float] = []
     for repeat in range(arguments.repeats + 1):  # the first compiles and fills caches
         for name, structured in FORMS.items():
             milliseconds = step_ms(llm, structured, num_sequences, arguments.tokens)
             if repeat:
                 steps[name].append(milliseconds)
+            if repeat and structured is None:
+                host.append(round(host_ms(), 2))
     without = statistics.median(steps["none"])
-    rows = {}
+    rows: dict[str, Any] = {"host_ms": host}
     for name, structured in FORMS.items():
         rows[name] = {"step_ms": [round(one, 3) for one in steps[name]]}
         if structured is not None:

@@ -41,7 +41,7 @@ JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 
 
 MIN_TOGETHER = 4  # masks; below, waking threads costs more than it saves
-MASKS_PER_SAMPLE = 16
+MASKS_PER_SAMPLE = 32
 FEW_WORDS = 16  # of a mask, a line of the processor's cache: single bytes are among the first tokens
 
 
