@@ -4,8 +4,8 @@
 
 Runs the same seeded prompts at temperature 0.7 with every form and without one, by turns. `step_ms`: wall-clock time of a
 whole generation over its steps, median of the repeats (start them on a quiet machine). `mask_us`, `accept_us`: processor
-time a token, from one more run that measures every call. `host_ms`: how long a fixed piece of Python takes, after each run without
-a grammar; where others use the same cores it varies by two. Any model with a tokenizer that knows the letters of JSON will do.
+time a token, from one more run that measures every call. `host_ms`: time of a fixed piece of Python after each run without a
+grammar; where others use the same cores it varies by two. Any model with a tokenizer that knows the letters of JSON will do.
 """
 
 from __future__ import annotations
