@@ -66,33 +66,11 @@ def split_length(context: np.ndarray, max_extra_items: int) -> int:
     return -(-split // MIN_SPLIT) * MIN_SPLIT
 
 
-class DecodeItems:
-    """`plan_decodes` of one step after another: while the same sequences go on, only lengths change."""
-
-    def __init__(self, max_extra_items: int) -> None:
-        self._max_extra_items = max_extra_items
-        self._items = np.empty((0, ITEM_FIELDS), dtype=np.int32)
-        self._last_of_sequence = np.empty(0, dtype=np.int64)  # items that grow
-        self._num_steps_left = 0  # that need no other splits
-
-    def plan(self, starts: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """For a step of sequences with one token each. Both [num_decodes]; the items are good until the next call."""
-        self._items = items = plan_decodes(starts, np.arange(len(starts)), rows, self._max_extra_items)
-        context = starts + 1
-        self._last_of_sequence = np.flatnonzero(items[:, 5] == context[items[:, 0]])
-        split = split_length(context, self._max_extra_items)
-        until_longer = (split * max(self._max_extra_items, 1) - context.sum()) // len(context)
-        self._num_steps_left = int(min(until_longer, (-context % split).min()))
-        return items
-
-    def advance(self) -> np.ndarray | None:
-        """For the step after: every sequence has one token more. None where that needs a new plan."""
-        if self._num_steps_left <= 0:
-            return None
-        self._num_steps_left -= 1
-        self._items[:, 3] += 1
-        self._items[self._last_of_sequence, 5] += 1
-        return self._items
+def num_steps_planned(context: np.ndarray, max_extra_items: int) -> int:
+    """For how many steps, each with one token more of every sequence, `plan_decodes` splits them as it does for `context`."""
+    split = split_length(context, max_extra_items)
+    until_longer_splits = (split * max(max_extra_items, 1) - context.sum()) // len(context)
+    return int(min(until_longer_splits, (-context % split).min()))
 
 
 def plan_prompts(starts: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, rows: np.ndarray, tile: int) -> np.ndarray:

@@ -50,6 +50,7 @@ class ModelRunner:
         self.state = RowState(max_num_seqs, max_model_len, block_size, device)
         self.sampler = Sampler(model.spec.vocab_size, max_num_seqs, device)
         self.graphs: CudaGraphs | None = None
+        self._is_plain = True  # the graph filled last draws by itself
         self.late_compiles: list[str] = []  # kernels compiled while serving; see kernels/compiles.py
         self._prompt_logprobs: dict[int, Seat] = {}  # row -> who asked for them
         self._pooling = PromptPooling()
@@ -154,10 +155,11 @@ class ModelRunner:
         """Write the inputs of the graph that fits, if one does, on the host. And whether that graph can draw for all rows."""
         if self.graphs is None:
             return None
-        rows, positions = _sampled_places(batch)
-        inverse_temperature, keys, is_plain = self.sampler.plain_operands(rows, positions)
-        bucket = self.graphs.fill(batch, positions, inverse_temperature, keys, bool(batch.matchers) or not is_plain)
-        return bucket and (bucket, is_plain)
+        if (bucket := self.graphs.advance(batch)) is None:
+            rows, positions = _sampled_places(batch)
+            inverse_temperature, keys, self._is_plain = self.sampler.plain_operands(rows, positions)
+            bucket = self.graphs.fill(batch, positions, inverse_temperature, keys, bool(batch.matchers) or not self._is_plain)
+        return bucket and (bucket, self._is_plain)
 
     def _replay(self, batch: ScheduledBatch, bucket: Bucket, is_plain: bool) -> PendingStep:
         replayed = self.graphs.replay(bucket, len(batch.sampled_chunks))  # type: ignore[union-attr]
@@ -192,6 +194,4 @@ class ModelRunner:
 def _sampled_places(batch: ScheduledBatch) -> tuple[list[int], np.ndarray]:
     """Rows of the chunks that draw, and the positions that their tokens will take, [num_samples] int64."""
     chunks, positions = batch.sampled_chunks, np.array(batch.starts) + np.array(batch.lengths)
-    if len(chunks) == len(batch.rows):
-        return batch.rows, positions
     return [batch.rows[chunk] for chunk in chunks], positions[np.array(chunks, dtype=np.int64)]

@@ -23,11 +23,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.attention.triton_paged import ITEM_FIELDS, DecodeItems, TritonAttention, TritonPlan, plan_decodes, plan_prompts
+from nanovllm.attention.triton_paged import (
+    ITEM_FIELDS,
+    TritonAttention,
+    TritonPlan,
+    num_steps_planned,
+    plan_decodes,
+    plan_prompts,
+)
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.kernels.draw_token import draw_tokens
 from nanovllm.log import degraded, logger
 from nanovllm.runner.state import RowState
+from nanovllm.sampling.gumbel import KeysOfSteps
 from nanovllm.sampling.sampler import SampledTokens
 from nanovllm.structured.base import Matchers, begin_masks, num_mask_words
 
@@ -95,6 +103,48 @@ class Bucket:
             parts[name] = buffer[offset : offset + size].reshape(shape)
             offset += size
         return parts
+
+
+@dataclass(slots=True)
+class Decoding:
+    """Sequences that decode on: while their attention is split alike, the inputs change by the same from step to step."""
+
+    bucket: Bucket
+    words: np.ndarray  # [num_words] int32, the inputs of the last step
+    parts: dict[str, np.ndarray]  # of them
+    keys: KeysOfSteps
+    rows: list[int]
+    next_starts: list[int]
+    num_steps_left: int
+    change: np.ndarray | None = None  # [num_words] int32
+
+    def leads_to(self, batch: ScheduledBatch) -> bool:
+        """Whether `batch`, which seats nobody, is the next step of the same sequences."""
+        num_tokens = len(self.rows)
+        return (
+            self.num_steps_left > 0
+            and batch.starts == self.next_starts
+            and batch.rows == self.rows
+            and len(batch.sampled_chunks) == num_tokens == sum(batch.lengths)
+        )
+
+    def advance(self) -> None:
+        if self.change is None:
+            self.change = self._change()
+        self.words += self.change
+        self.parts["keys"][: len(self.rows)] = self.keys.next()
+        self.next_starts = [start + 1 for start in self.next_starts]
+        self.num_steps_left -= 1
+
+    def _change(self) -> np.ndarray:
+        """Positions grow by one, and so does the end of an attention item that is its sequence's last."""
+        change, num_tokens = np.zeros_like(self.words), len(self.rows)
+        parts, items = self.bucket.split(change), self.parts["decode_items"]
+        parts["positions"][:num_tokens] = parts["sample_positions"][:num_tokens] = 1
+        is_used = items[:, 1] > 0
+        parts["decode_items"][:, 3] = is_used
+        parts["decode_items"][:, 5] = is_used & (items[:, 5] == self.parts["sample_positions"][items[:, 0]])
+        return change
 
 
 class Staging:
@@ -212,13 +262,11 @@ class CudaGraphs:
         self.device = state.token_ids.device
         extra = backend.max_extra_items
         backend.reserve(max_num_seqs + extra)
-        self._decode_items = DecodeItems(extra)
         self.decode_buckets = [Bucket(size, size, 0, size + extra) for size in decode_sizes(max_num_seqs)]
         self.mixed_buckets = [self._mixed_bucket(size, min(size, max_num_seqs), extra) for size in mixed_sizes(max_tokens)]
         self._buffers: dict[Bucket, Tensor] = {}
         self._padding: dict[Bucket, np.ndarray] = {}
-        self._filled: dict[Bucket, tuple[np.ndarray, dict[str, np.ndarray]]] = {}  # inputs of the last step, whole and in parts
-        self._decoded: tuple[Bucket | None, list[int], np.ndarray] = None, [], np.empty(0)  # last: bucket, rows, positions
+        self._decoding: Decoding | None = None  # if the step filled last does nothing else
         self._staging = Staging(max(bucket.num_words for bucket in [*self.decode_buckets, *self.mixed_buckets]))
         is_gpu = self.device.type == "cuda"
         self._masks = HostMasks(max_num_seqs, vocab_size, is_gpu)
@@ -310,38 +358,47 @@ class CudaGraphs:
         batch: ScheduledBatch,
         positions: np.ndarray,
         inverse_temperature: np.ndarray,
-        keys: np.ndarray,
+        keys: KeysOfSteps,
         is_held: bool,
     ) -> Bucket | None:
         """Write the inputs of a step on the host. Returns the bucket to replay; None when no captured one fits.
 
-        positions: [num_samples] int64, that the drawn tokens take; inverse_temperature: [num_samples] float32; keys:
-        [num_samples] int32. `is_held`: the graph is not to draw.
+        positions: [num_samples] int64, that the drawn tokens take; inverse_temperature: [num_samples] float32. `is_held`:
+        the graph is not to draw.
         """
+        self._decoding = None
         bucket = self._find(batch)
         if bucket is None:
             return None
-        if bucket not in self._filled:
-            words = self._empty(bucket).copy()
-            self._filled[bucket] = words, bucket.split(words)
-        words, parts = self._filled[bucket]
-        if not bucket.is_decode:
-            words[:] = self._empty(bucket)
-            self._fill(parts, batch)
-        elif not self._advance(bucket, parts, batch.rows, positions):
-            words[:] = self._empty(bucket)
+        words = self._empty(bucket).copy()
+        parts = bucket.split(words)
+        if bucket.is_decode:
             self._fill_decodes(parts, batch.rows, positions)
-        parts["inverse_temperature"][: len(keys)] = inverse_temperature.view(np.int32)
-        parts["keys"][: len(keys)] = keys
-        self._place = (self._place + 1) % len(self._drawn)
-        parts["mask_lines"].fill(-1)
-        if len(batch.matchers) == len(keys):
-            parts["mask_lines"][: len(keys)] = np.arange(len(keys))
-        elif batch.matchers:
-            parts["mask_lines"][list(batch.matchers)] = np.arange(len(batch.matchers))
-        parts["held"][0], parts["place"][0] = is_held, self._place
-        self._staging.place(bucket.num_words)[:] = words
+            num_planned = num_steps_planned(positions, self.backend.max_extra_items)
+            starts = [start + 1 for start in batch.starts]
+            self._decoding = Decoding(bucket, words, parts, keys, batch.rows, starts, num_planned)
+        else:
+            self._fill(parts, batch)
+        num_samples = len(positions)
+        parts["inverse_temperature"][:num_samples] = inverse_temperature.view(np.int32)
+        parts["keys"][:num_samples] = keys.next()
+        parts["mask_lines"][list(batch.matchers)] = np.arange(len(batch.matchers))
+        parts["held"][0] = is_held
+        self._stage(words, parts)
         return bucket
+
+    def advance(self, batch: ScheduledBatch) -> Bucket | None:
+        """`fill` in a fraction of its time, for a step in which the sequences of the last one decode on. None for others."""
+        last = self._decoding
+        if last is None or batch.seats or not last.leads_to(batch):
+            return None
+        last.advance()
+        self._stage(last.words, last.parts)
+        return last.bucket
+
+    def _stage(self, words: np.ndarray, parts: dict[str, np.ndarray]) -> None:
+        self._place = parts["place"][0] = (self._place + 1) % len(self._drawn)
+        self._staging.place(len(words))[:] = words
 
     def replay(self, bucket: Bucket, num_samples: int) -> Replayed:
         """Run the step that was filled last."""
@@ -361,26 +418,13 @@ class CudaGraphs:
     def _fill_decodes(self, parts: dict[str, np.ndarray], rows: list[int], positions: np.ndarray) -> None:
         """What `_fill` does, where each chunk is one token that draws."""
         num_tokens = len(rows)
+        number = np.arange(num_tokens)
         parts["token_rows"][:num_tokens] = parts["sample_rows"][:num_tokens] = rows
         parts["positions"][:num_tokens] = positions - 1
-        parts["sample_tokens"][:num_tokens] = np.arange(num_tokens)
+        parts["sample_tokens"][:num_tokens] = number
         parts["sample_positions"][:num_tokens] = positions
-        items = self._decode_items.plan(positions - 1, np.array(rows))
+        items = plan_decodes(positions - 1, number, np.array(rows), self.backend.max_extra_items)
         parts["decode_items"][: len(items)] = items
-
-    def _advance(self, bucket: Bucket, parts: dict[str, np.ndarray], rows: list[int], positions: np.ndarray) -> bool:
-        """Whether the same sequences decode on, and their attention is split as before: then only lengths change."""
-        last_bucket, last_rows, last_positions = self._decoded
-        self._decoded = bucket, rows, positions
-        if bucket is not last_bucket or rows != last_rows or (positions - last_positions != 1).any():
-            return False
-        items = self._decode_items.advance()
-        if items is None:
-            return False
-        parts["positions"][: len(rows)] += 1
-        parts["sample_positions"][: len(rows)] += 1
-        parts["decode_items"][: len(items)] = items
-        return True
 
     def _fill(self, parts: dict[str, np.ndarray], batch: ScheduledBatch) -> None:
         rows, starts, lengths = np.array(batch.rows), np.array(batch.starts), np.array(batch.lengths)

@@ -51,26 +51,21 @@ def draw_keys(streams: np.ndarray, positions: Sequence[int] | np.ndarray) -> np.
 
 
 class KeysOfSteps:
-    """`draw_keys` of step after step. While each stream goes on by one position, those of some steps are computed together."""
+    """`draw_keys` of steps in which every stream goes on by one position. After the first some are computed together."""
 
-    def __init__(self, streams: np.ndarray) -> None:
-        self._streams = streams
-        self._keys = np.empty((0, len(streams)), dtype=np.int32)
-        self._positions = np.full(len(streams), -1)  # of the first of them
+    def __init__(self, streams: np.ndarray, positions: np.ndarray) -> None:
+        """`positions`: of the first step, [n] int64."""
+        self._streams, self._positions = streams, positions
+        self._keys, self._step = np.empty((0, len(streams)), dtype=np.int32), 0
 
-    def at(self, positions: np.ndarray) -> np.ndarray:
-        """[n] int64 -> [n] int32."""
-        ahead = positions - self._positions
-        step = ahead[0] if len(ahead) else -1
-        if step < 0 or (ahead != step).any():
-            number = 1
-        elif step < len(self._keys):
-            return self._keys[step]
-        else:
-            number = STEPS_TOGETHER
-        self._positions = positions
-        self._keys = draw_keys(self._streams, positions + np.arange(number)[:, None])
-        return self._keys[0]
+    def next(self) -> np.ndarray:
+        """[n] int32."""
+        if self._step == len(self._keys):
+            number = STEPS_TOGETHER if self._step else 1
+            self._positions = self._positions + self._step
+            self._keys, self._step = draw_keys(self._streams, self._positions + np.arange(number)[:, None]), 0
+        self._step += 1
+        return self._keys[self._step - 1]
 
 
 def token_hashes(vocab_size: int) -> Tensor:

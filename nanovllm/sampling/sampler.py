@@ -53,7 +53,7 @@ class Sampler:
         self._columns = np.zeros(max_num_seqs, ROW_COLUMNS)
         self._hashes = token_hashes(vocab_size).to(self._device)  # [vocab] int32
         self._plan: BatchPlan | None = None
-        self._plain: tuple[list[int], np.ndarray, KeysOfSteps, bool] | None = None  # of the rows that were asked for last
+        self._plain: tuple[list[int], np.ndarray, np.ndarray, bool] | None = None  # of the rows that were asked for last
         self.race: Race | None = None  # set where the model's library draws, whatever the samples ask for
 
     def seat(self, row: int, sampling: RowSampling) -> None:
@@ -64,15 +64,15 @@ class Sampler:
         self._columns[row] = (*limits, stream_of(sampling.seed), edits_logits(sampling), num_logprobs)
         self._plan = self._plain = None
 
-    def plain_operands(self, rows: list[int], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-        """For `kernels/draw_token.py`: 1 / temperature [n] float32, keys [n] int32, and whether that kernel does it all."""
+    def plain_operands(self, rows: list[int], positions: np.ndarray) -> tuple[np.ndarray, KeysOfSteps, bool]:
+        """For `kernels/draw_token.py`: 1 / temperature [n] float32, keys, and whether that kernel does it all."""
         if self._plain is None or self._plain[0] != rows:
             columns = self._columns[rows]
             is_plain = columns["method"] <= FROM_ALL
             is_plain &= (columns["min_p"] == 0) & ~columns["has_edits"] & (columns["num_logprobs"] < 0)
-            self._plain = rows, columns["inverse_temperature"], KeysOfSteps(columns["stream"]), bool(is_plain.all())
-        _, inverse_temperature, keys, is_plain = self._plain
-        return inverse_temperature, keys.at(positions), is_plain
+            self._plain = rows, columns["inverse_temperature"], columns["stream"], bool(is_plain.all())
+        _, inverse_temperature, streams, is_plain = self._plain
+        return inverse_temperature, KeysOfSteps(streams, positions), is_plain
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile the kernels that only some requests need."""
