@@ -33,7 +33,9 @@ from nanovllm.tokenizer import Tokenizer
 
 MAX_LEXER_STATES = 50_000  # of one sequence, 1 to 2 kB each
 MAX_COMPILE_SECONDS = 0.5  # of processor time, the first mask included
-MAX_COMPILED = 40  # grammars kept for the next request with the same one, each once a thread
+MAX_COMPILED = 64  # grammars kept for the next request with the same one
+MAX_STRANDS = 512  # compiled copies of all of them: one that is written to hurt can learn 60 MB of states
+STRANDS_PER_THREAD = 2
 MAX_MARKS = 8  # whose masks are kept; a server has one or two
 MAX_MESSAGE_LENGTH = 400  # characters of a compiler's message
 # Between the parts of a JSON text. Without a limit small models write newlines until their tokens are used up.
@@ -200,14 +202,15 @@ class LLGuidanceGrammar:
         self.compile(structured)  # the masks of its mark
 
     def _strands(self, structured: StructuredOutput, may_add: bool) -> list[LLGuidanceMatcher]:
-        """One at least, and one more each time until each thread may have its own.
+        """One at least, and one more each time until there are enough.
 
         Matchers of one strand wait for each other, because they share what they learn.
         """
         with self._lock:
             strands = self._compiled.get(structured, [])
+            is_enough = len(strands) >= self._num_wanted(len(self._compiled))
         fresh = []
-        if not strands or (may_add and len(strands) < self._budget.num_threads):
+        if not strands or (may_add and not is_enough):
             try:
                 check_limits(structured)
                 fresh.append(self._compile(structured))
@@ -219,7 +222,15 @@ class LLGuidanceGrammar:
             self._compiled.move_to_end(structured)
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
+            for kept in self._compiled.values():
+                del kept[self._num_wanted(len(self._compiled)) :]
             return strands
+
+    def _num_wanted(self, num_compiled: int) -> int:
+        """Strands of each of so many grammars: seldom do two threads meet at one."""
+        num_threads = self._budget.num_threads
+        fair = MAX_STRANDS // max(num_compiled, 1)
+        return 1 if num_threads == 1 else max(1, min(STRANDS_PER_THREAD * num_threads, fair))
 
     def _compile_after_mark(self, structured: StructuredOutput, after: str, can_end_early: bool) -> AfterMark:
         plain, key = replace(structured, after=None, opened_by=None), (after, structured.opened_by)

@@ -224,16 +224,30 @@ def strands_taken(monkeypatch) -> list[LLGuidanceMatcher]:
     return taken
 
 
-def test_each_thread_gets_its_own_copy_of_a_grammar(strands_taken):
-    """Copies of one compiled grammar share what they learn, under a lock: threads would wait for each other."""
+def test_threads_seldom_meet_at_one_compiled_grammar(strands_taken):
+    """Copies of one share what they learn, under a lock: threads would wait for each other."""
     byte_level = Model(byte_level_backend())
     byte_level.grammar._budget = MaskBudget(num_threads=3)
     source, other = StructuredOutput("regex", "a+"), StructuredOutput("regex", "b+")
-    for _ in range(9):
+    for _ in range(18):
         byte_level.compile(source)
-    assert strands_taken[:3] == strands_taken[3:6] == strands_taken[6:] and len(set(strands_taken)) == 3
+    assert strands_taken[:6] == strands_taken[6:12] == strands_taken[12:] and len(set(strands_taken)) == 6
     byte_level.compile(other)
-    assert strands_taken[9] not in strands_taken[:9]
+    assert strands_taken[18] not in strands_taken[:18]
+
+
+def test_where_there_are_many_grammars_each_has_fewer_compiled_copies(monkeypatch):
+    monkeypatch.setattr(llguidance_backend, "MAX_STRANDS", 9)
+    byte_level = Model(byte_level_backend())
+    byte_level.grammar._budget = MaskBudget(num_threads=3)
+    compiled = byte_level.grammar._compiled
+    for text, expected in (("a+", [6]), ("b+", [4, 4]), ("c+", [3, 3, 3]), ("d+", [2, 2, 2, 2])):
+        for _ in range(8):
+            byte_level.compile(StructuredOutput("regex", text))
+        assert [len(strands) for strands in compiled.values()] == expected
+    for number in range(16):
+        byte_level.compile(StructuredOutput("regex", f"e{{{number + 1}}}"))
+    assert {len(strands) for strands in compiled.values()} == {1}
 
 
 def test_a_copy_that_compiles_slower_than_the_first_refuses_nobody(monkeypatch):
@@ -256,7 +270,7 @@ def test_after_a_grammar_is_prepared_the_engine_compiles_nothing_more(strands_ta
     monkeypatch.setattr(grammar, "_compile", lambda source: (compiled_by.append(threading.get_ident()), compile_one(source))[1])
     for source in (StructuredOutput("regex", "a+"), StructuredOutput("regex", "b+", after="c", opened_by="d")):
         compiled_by.clear()
-        for num_prepared in (1, 2, 3, 3):
+        for num_prepared in (1, 2, 3, 4, 5, 6, 6):
             thread = threading.Thread(target=grammar.prepare, args=[source])
             thread.start()
             thread.join()
@@ -266,7 +280,7 @@ def test_after_a_grammar_is_prepared_the_engine_compiles_nothing_more(strands_ta
             assert threading.get_ident() not in compiled_by
             assert len(compiled_by) == num_prepared
         if source.after is None:
-            assert len(set(strands_taken)) == 3
+            assert len(set(strands_taken)) == 6
 
 
 class Clock:
