@@ -43,6 +43,7 @@ from nanovllm.outputs import EmbeddingOutput, GenerationOutput
 from nanovllm.parallel.group import ParallelGroup
 from nanovllm.platforms.base import DeviceMemory, Platform, select_platform
 from nanovllm.platforms.cpu import own_cores, usable_cores
+from nanovllm.runner.cuda_graphs import CudaGraphs
 from nanovllm.runner.memory_plan import Measured, MemoryPlan, plan_memory
 from nanovllm.runner.stopwatch import Stopwatch
 from nanovllm.sampling_params import SamplingParams
@@ -388,11 +389,14 @@ def warm_up_gpu(
 ) -> MemoryPlan:
     """Measure the largest step, size the KV cache by what is left, compile every kernel, capture the graphs."""
     limits = config.scheduler_limits
-    graphs = runner.prepare_graphs(
+    graphs = CudaGraphs(
+        runner.forward_step,
         backend,
+        runner.state,
         max_num_seqs=limits.max_num_seqs,
         max_tokens=limits.max_num_batched_tokens,
         max_in_flight=(config.num_steps_ahead or 0) + 2,
+        vocab_size=spec.vocab_size,
     )
     runner.kv_caches = [torch.zeros(backend.kv_cache_shape(1), dtype=dtype, device=platform.device)] * spec.num_layers
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
-from nanovllm.attention.triton_paged import TritonAttention
 from nanovllm.engine.batch import ScheduledBatch, Seat
 from nanovllm.forward_context import ForwardContext
 from nanovllm.kernels.draw_token import draw_tokens
@@ -22,7 +21,7 @@ from nanovllm.kernels.upload import upload
 from nanovllm.models.decoder import Decoder
 from nanovllm.runner.cuda_graphs import Bucket, CudaGraphs, StepTensors
 from nanovllm.runner.inputs import StepInputs, build_inputs
-from nanovllm.runner.pending import PendingStep, begin_timing
+from nanovllm.runner.pending import Events, PendingStep, begin_timing
 from nanovllm.runner.pooling import PromptPooling
 from nanovllm.runner.state import RowState
 from nanovllm.sampling.logprobs import BatchLogprobs, prompt_logprobs
@@ -50,7 +49,8 @@ class ModelRunner:
         self.state = RowState(max_num_seqs, max_model_len, block_size, device)
         self.sampler = Sampler(model.spec.vocab_size, max_num_seqs, device)
         self.graphs: CudaGraphs | None = None
-        self._is_plain = True  # the graph filled last draws by itself
+        self._events = Events() if device.type == "cuda" else None
+        self._is_plain = True  # the graph filled last can draw for all its rows
         self.late_compiles: list[str] = []  # kernels compiled while serving; see kernels/compiles.py
         self._prompt_logprobs: dict[int, Seat] = {}  # row -> who asked for them
         self._pooling = PromptPooling()
@@ -61,14 +61,14 @@ class ModelRunner:
         filled = None if batch.seats else self._fill(batch)
         if before is not None:
             before.draw()
-        started = begin_timing(self.state.token_ids.is_cuda)
+        started = begin_timing(self._events)
         self._update_state(batch)
         filled = self._fill(batch) if batch.seats else filled
         asks_prompt = bool(self._prompt_logprobs) and not self._prompt_logprobs.keys().isdisjoint(batch.rows)
         pools = self._pooling.is_asked(batch.rows)
         needs_all = asks_prompt or pools  # the final states of every token of the step
         if filled is not None and not needs_all:
-            pending = self._replay(batch, *filled)
+            pending = self._replay(batch, filled)
         else:
             inputs = build_inputs(batch, self.state, self.block_size)
             context = self._context(inputs)
@@ -81,7 +81,7 @@ class ModelRunner:
                 pending.prompt_logprobs = self._score_prompts(batch, inputs, hidden)
             if pools:
                 pending.embeddings = self._pooling.pool(batch, inputs.query_start, hidden)
-        pending.end_timing(started)
+        pending.end_timing(started, self._events)
         return pending
 
     execute_model = run
@@ -147,23 +147,19 @@ class ModelRunner:
         draw_tokens(logits, step.inverse_temperature, step.keys, *places, drawn, held=step.held, place=step.place)
         return logits
 
-    def prepare_graphs(self, backend: TritonAttention, **sizes: int) -> CudaGraphs:
-        """The graphs of this runner's steps, not captured yet. `sizes`: `max_num_seqs`, `max_tokens`, `max_in_flight`."""
-        return CudaGraphs(self.forward_step, backend, self.state, vocab_size=self.model.spec.vocab_size, **sizes)
-
-    def _fill(self, batch: ScheduledBatch) -> tuple[Bucket, bool] | None:
-        """Write the inputs of the graph that fits, if one does, on the host. And whether that graph can draw for all rows."""
+    def _fill(self, batch: ScheduledBatch) -> Bucket | None:
+        """Write the inputs of the graph that fits, if one does, on the host."""
         if self.graphs is None:
             return None
         if (bucket := self.graphs.advance(batch)) is None:
             rows, positions = _sampled_places(batch)
             inverse_temperature, keys, self._is_plain = self.sampler.plain_operands(rows, positions)
             bucket = self.graphs.fill(batch, positions, inverse_temperature, keys, bool(batch.matchers) or not self._is_plain)
-        return bucket and (bucket, self._is_plain)
+        return bucket
 
-    def _replay(self, batch: ScheduledBatch, bucket: Bucket, is_plain: bool) -> PendingStep:
+    def _replay(self, batch: ScheduledBatch, bucket: Bucket) -> PendingStep:
         replayed = self.graphs.replay(bucket, len(batch.sampled_chunks))  # type: ignore[union-attr]
-        if not is_plain:
+        if not self._is_plain:
             return self._draw(batch, replayed.logits)
         if batch.matchers:
             return PendingStep(batch.step, replayed.draw_under_masks, lambda: replayed.masks.begin(batch.matchers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 
 from nanovllm.engine.batch import ScheduledBatch, StepResult
 from nanovllm.engine.model_runner import ModelRunner, PendingStep
@@ -27,6 +28,8 @@ class InProcessExecutor:
             self._in_flight[0].begin_draw()
 
     def close(self) -> None:
-        """Let go of the model and its caches."""
+        """Let go of the model and its caches, and of memory that a step under way may write to."""
+        with suppress(IndexError, RuntimeError):  # nothing is under way, or the device has failed and writes no more
+            self._in_flight[-1].wait()
         self.runner = None
         self._in_flight.clear()

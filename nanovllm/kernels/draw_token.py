@@ -34,8 +34,8 @@ def draw_tokens(
 
     logits: [S, V]; inverse_temperature: [S] float32; keys, rows, positions: [S] int32. Under grammars only tokens whose bit
     is set: masks: [m, num_mask_words] int32, token t is bit t % 32 of word t // 32; mask_lines: [S] int32, -1 without a mask.
-    held: [1] int32; where it is not 0 nothing is drawn or written. place: [1] int32, the line of `token_ids`, [m, at least S]
-    then, to write to. Both `masks` and `token_ids` may be pinned memory of the host.
+    held: [1 or more] int32; where the first is not 0 nothing is drawn or written. place: [1 or more] int32, the first is the line
+    of `token_ids`, [m, at least S] then, to write to. Both `masks` and `token_ids` may be pinned memory of the host.
     """
     num_samples, vocab_size = logits.shape
     num_tiles = triton.cdiv(vocab_size, TILE)

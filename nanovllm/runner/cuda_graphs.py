@@ -6,7 +6,7 @@ is, which tokens draw, and the attention's work items. Unused places are padding
 work items without queries end at once, samples without a row draw into a spare row. Everything else (tokens, block
 tables) is read from the row state on the device.
 
-`replay` returns None where no bucket fits, and the caller runs the step eagerly. Owns the buckets and the capture;
+`fill` returns None where no bucket fits, and the caller runs the step eagerly. Owns the buckets and the capture;
 what a step computes is `ModelRunner.forward_step`.
 """
 
@@ -52,8 +52,8 @@ class StepTensors:
     inverse_temperature: Tensor  # [S] float32, 0 for greedy
     keys: Tensor  # [S]
     mask_lines: Tensor  # [S], -1 without a mask
-    held: Tensor  # [1], 1 where the tokens are drawn afterwards, not by the graph
-    place: Tensor  # [1], the line of the drawn tokens
+    held: Tensor  # first word: 1 where the tokens are drawn afterwards, not by the graph
+    place: Tensor  # first word: the line of the drawn tokens
     plan: TritonPlan
     needed_plan: TritonPlan | None  # of the tokens that draw, for the last layer; None where all do
 
@@ -76,6 +76,8 @@ class Bucket:
         """Names and shapes of the buffer's parts, in order."""
         tokens, samples = self.num_tokens, self.num_samples
         return [
+            ("held", (4,)),  # one word, and room: kernels are compiled by the alignment of addresses
+            ("place", (4,)),
             ("token_rows", (tokens,)),
             ("positions", (tokens,)),
             ("sample_tokens", (samples,)),
@@ -87,8 +89,6 @@ class Bucket:
             ("decode_items", (self.num_decode_items, ITEM_FIELDS)),
             ("prompt_items", (self.num_prompt_items, ITEM_FIELDS)),
             ("needed_items", (0 if self.is_decode else self.num_decode_items, ITEM_FIELDS)),
-            ("held", (1,)),
-            ("place", (1,)),
         ]
 
     @cached_property
@@ -321,12 +321,13 @@ class CudaGraphs:
     def _capture(self, bucket: Bucket) -> None:
         buffer = torch.from_numpy(self._empty(bucket)).to(self.device)
         tensors = self._views(bucket, buffer)
-        self.forward_step(tensors, self._drawn)  # compiles the kernels, and lets libraries allocate
+        rest = self._drawn, tensors, self.token_table, self._masks
+        Replayed(self.forward_step(tensors, self._drawn), *rest).draw_allowed()  # compiles, and lets libraries allocate
         torch.cuda.synchronize()
         graph, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             logits = self.forward_step(tensors, self._drawn)
-        replayed = Replayed(logits, self._drawn, tensors, self.token_table, self._masks, draw)
+        replayed = Replayed(logits, *rest, draw)
         with torch.cuda.graph(draw, pool=self._pool):
             replayed.draw_allowed()
         self._buffers[bucket] = buffer

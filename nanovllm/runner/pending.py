@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -16,8 +16,23 @@ from nanovllm.outputs import PositionLogprobs
 from nanovllm.sampling.logprobs import BatchLogprobs
 from nanovllm.sampling.sampler import SampledTokens
 
-UNUSED_EVENTS: list[Any] = []  # making one takes half as long as recording it
 NOTHING = torch.empty(0, dtype=torch.int64)
+
+
+class Events:
+    """A GPU's events, used again: making one takes half as long as recording it."""
+
+    def __init__(self) -> None:
+        self._unused: list[Any] = []
+
+    def record(self) -> Any:
+        event = self._unused.pop() if self._unused else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def take_back(self, events: Iterable[Any]) -> None:
+        """Each once, when nobody will ask it any more."""
+        self._unused.extend(events)
 
 
 @dataclass(slots=True)
@@ -32,13 +47,14 @@ class PendingStep:
     forward_ns: int = 0
     spans: list[tuple[Any, Any]] = field(default_factory=list)  # of a GPU's work on it: events at begin and end
     done: Any = None  # event after all of that
+    events: Events | None = None  # of the GPU
 
-    def end_timing(self, started: Any) -> None:
+    def end_timing(self, started: Any, events: Events | None = None) -> None:
         """The work that began with `started`, of `begin_timing`, has been done, or is in the stream of a GPU."""
-        if isinstance(started, int):
+        if events is None:
             self.forward_ns += time.perf_counter_ns() - started
         else:
-            self.done = record_event()
+            self.events, self.done = events, events.record()
             self.spans.append((started, self.done))
 
     def begin_draw(self) -> None:
@@ -53,8 +69,8 @@ class PendingStep:
             self.begin_draw()
             started = time.perf_counter_ns()
             self.send(*self.held())
-            if self.spans:  # a GPU's time is that of the forward pass: it may stand still until the masks are there
-                self.done = record_event()
+            if self.events is not None:  # a GPU's time is that of the forward pass: it may stand still until the masks are there
+                self.done = self.events.record()
             else:
                 self.end_timing(started)
 
@@ -66,13 +82,18 @@ class PendingStep:
             self.token_ids.copy_(token_ids, non_blocking=True)
         return self
 
+    def wait(self) -> None:
+        """For the device to have done what it was told."""
+        if self.done is not None:
+            self.done.synchronize()
+
     def result(self) -> StepResult:
         """Wait for the device, and bring everything to the host."""
         self.draw()
-        if self.done is not None:
-            self.done.synchronize()
+        self.wait()
+        if self.events is not None:
             self.forward_ns = sum(round(started.elapsed_time(ended) * 1e6) for started, ended in self.spans)
-            UNUSED_EVENTS.extend({self.done, *chain.from_iterable(self.spans)})
+            self.events.take_back({self.done, *chain.from_iterable(self.spans)})
         return StepResult(
             step=self.step,
             token_ids=self.token_ids.unsqueeze(1).tolist(),
@@ -83,15 +104,9 @@ class PendingStep:
         )
 
 
-def begin_timing(on_gpu: bool) -> Any:
+def begin_timing(events: Events | None) -> Any:
     """Nanoseconds of the host, or an event in the stream: a GPU's time is its own, and the host is ahead of it."""
-    return record_event() if on_gpu else time.perf_counter_ns()
-
-
-def record_event() -> Any:
-    event = UNUSED_EVENTS.pop() if UNUSED_EVENTS else torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    return time.perf_counter_ns() if events is None else events.record()
 
 
 def _to_host(parts: list[BatchLogprobs]) -> list[PositionLogprobs]:

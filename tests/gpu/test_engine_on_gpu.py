@@ -127,14 +127,16 @@ def test_n_completions_share_their_prompt():
     engine.close()
 
 
-def test_every_batch_size_up_to_the_limit_has_a_graph():
-    engine = make(max_num_seqs=21)
+@pytest.mark.parametrize("number", [11, 21, 31])  # with 11 and 31, parts of the largest step's inputs are aligned as in no other
+def test_every_batch_size_up_to_the_limit_has_a_graph(number):
+    engine = make(max_num_seqs=number)
     graphs = engine.executor.runner.graphs
     assert len(graphs._graphs) == len(graphs.decode_buckets) + len(graphs.mixed_buckets)
     outputs = engine.generate(
-        [[i + 1] for i in range(21)], [SamplingParams(temperature=0, max_tokens=5 + i, ignore_eos=True) for i in range(21)]
+        [[i + 1] for i in range(number)],
+        [SamplingParams(temperature=0, max_tokens=5 + i, ignore_eos=True) for i in range(number)],
     )
-    assert [len(output.token_ids) for output in outputs] == [5 + i for i in range(21)]
+    assert [len(output.token_ids) for output in outputs] == [5 + i for i in range(number)]
     engine.close()
 
 

@@ -98,7 +98,8 @@ def capture(self: CudaGraphs, bucket: Bucket) -> None:
 
 def warm_up(runner: Any, backend: TritonAttention, config: EngineConfig, plan: Any, platform: Any, spec: Any, dtype: Any, _: Any):
     sizes = {"max_num_seqs": config.max_num_seqs, "max_tokens": config.max_num_batched_tokens}
-    graphs = runner.prepare_graphs(backend, **sizes, max_in_flight=(config.num_steps_ahead or 0) + 2)
+    sizes |= {"max_in_flight": (config.num_steps_ahead or 0) + 2, "vocab_size": spec.vocab_size}
+    graphs = CudaGraphs(runner.forward_step, backend, runner.state, **sizes)
     runner.kv_caches = make_kv_caches(platform, backend, plan, spec, dtype)
     graphs._masks.begin({0: AnyToken()})
     graphs.run_padding(graphs.decode_buckets[0]).draw_under_masks()
