@@ -27,6 +27,18 @@ def few_full_collections() -> Iterator[None]:
 
 
 @contextmanager
+def no_collections() -> Iterator[None]:
+    """The garbage collector stays away meanwhile."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
     """SIGINT sets the event; the loop looks at it. A second one interrupts at once. Outside the main thread: never set."""
     flag = threading.Event()

@@ -31,5 +31,7 @@ class InProcessExecutor:
         """Let go of the model and its caches, and of memory that a step under way may write to."""
         with suppress(IndexError, RuntimeError):  # nothing is under way, or the device has failed and writes no more
             self._in_flight[-1].wait()
+        if self.runner is not None:
+            self.runner.graphs = None  # they name the runner: a circle would leave all memory to the garbage collector
         self.runner = None
         self._in_flight.clear()

@@ -12,6 +12,7 @@ what a step computes is `ModelRunner.forward_step`.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from nanovllm.attention.triton_paged import (
     plan_prompts,
 )
 from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.progress import no_collections
 from nanovllm.kernels.draw_token import draw_tokens
 from nanovllm.log import degraded, logger
 from nanovllm.runner.state import RowState
@@ -302,8 +304,10 @@ class CudaGraphs:
         tensors = self._views(bucket, torch.from_numpy(self._empty(bucket)).to(self.device))
         return Replayed(self.forward_step(tensors, self._drawn), self._drawn, tensors, self.token_table, self._masks)
 
+    @no_collections()
     def capture_all(self) -> None:
         """Smallest first. Running out of memory drops the larger buckets; another failure drops them all."""
+        gc.collect()  # what an older engine has left behind, graphs too: freed within a capture it would break that
         started = time.perf_counter()
         for bucket in [*self.decode_buckets, *self.mixed_buckets]:
             try:

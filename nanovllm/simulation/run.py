@@ -9,10 +9,8 @@ Read next: `report.py`.
 
 from __future__ import annotations
 
-import gc
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import NamedTuple
@@ -21,6 +19,7 @@ from nanovllm.config import EngineConfig, SchedulerLimits, gpu_max_num_seqs
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.policy import make_policy
+from nanovllm.engine.progress import no_collections
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.model_spec import ModelSpec
 from nanovllm.outputs import GenerationOutput
@@ -126,7 +125,7 @@ def simulate(
 
     `clients`: which program sends each, a number; none: one sends all. `on_step`, for tests, sees the engine after every step.
     """
-    with _without_garbage_collection():
+    with no_collections():  # nothing here makes cycles, and looking for them takes longer than the run
         return _Simulation(deployment, requests, clients, on_finish).run(on_step)
 
 
@@ -263,15 +262,3 @@ class _Simulation:
         for turn in self._turns_after.pop(index, ()):
             self._arrive(time + self.requests[turn].arrival_s, turn)
         self._on_finish()
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Nothing here makes cycles, and looking for them in a million live objects takes longer than the run."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

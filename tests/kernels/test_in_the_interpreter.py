@@ -7,6 +7,7 @@ are. What stands in for a device: a graph is its function run again, and memory 
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from nanovllm.attention.triton_paged import TritonAttention
 from nanovllm.config import EngineConfig
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.progress import no_collections
 from nanovllm.kernels.triton_language import HAS_TRITON
 from nanovllm.llm import build_engine, make_kv_caches
 from nanovllm.loaders.weight_source import RandomWeights
@@ -90,10 +92,11 @@ class Graph:
 def capture(self: CudaGraphs, bucket: Bucket) -> None:
     buffer = torch.from_numpy(self._empty(bucket).copy())
     tensors = self._views(bucket, buffer)
-    logits = self.forward_step(tensors, self._drawn)
-    graph: Any = Graph(lambda: self.forward_step(tensors, self._drawn), logits)
+    forward_step, drawn = self.forward_step, self._drawn
+    logits = forward_step(tensors, drawn)
+    graph: Any = Graph(lambda: forward_step(tensors, drawn), logits)
     self._buffers[bucket] = buffer
-    self._graphs[bucket] = graph, Replayed(logits, self._drawn, tensors, self.token_table, self._masks)
+    self._graphs[bucket] = graph, Replayed(logits, drawn, tensors, self.token_table, self._masks)
 
 
 def warm_up(runner: Any, backend: TritonAttention, config: EngineConfig, plan: Any, platform: Any, spec: Any, dtype: Any, _: Any):
@@ -139,6 +142,18 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "Staging", Staging)
     monkeypatch.setattr(CudaGraphs, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+
+def test_what_a_closed_engine_held_is_free_at_once(interpreted: None) -> None:
+    engine = make(num_steps_ahead=1)
+    tokens(engine)
+    runner: Any = engine.executor.runner  # type: ignore[attr-defined]
+    left = weakref.ref(runner), weakref.ref(runner.graphs), weakref.ref(runner.kv_caches[0])
+    assert runner.graphs._graphs
+    del runner
+    with no_collections():
+        engine.close()
+        assert [one() for one in left] == [None, None, None]
 
 
 @pytest.mark.parametrize("options", [{}, {"num_steps_ahead": 1}, {"num_steps_ahead": 2}, {"enforce_eager": True}], ids=str)
