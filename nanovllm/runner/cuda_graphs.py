@@ -163,12 +163,11 @@ class Staging:
         self._copied[self._next].synchronize()
         return self._arrays[self._next][:num_words]
 
-    def send(self, target: Tensor) -> torch.cuda.Event:
-        """Start the copy of what was written to `place`. The event comes after it."""
+    def send(self, target: Tensor) -> None:
+        """Start the copy of what was written to `place`."""
         place, self._next = self._next, (self._next + 1) % len(self._buffers)
         target.copy_(self._buffers[place][: len(target)], non_blocking=True)
         self._copied[place].record()
-        return self._copied[place]
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
