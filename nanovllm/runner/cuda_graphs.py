@@ -306,7 +306,7 @@ class CudaGraphs:
     @no_collections()
     def capture_all(self) -> None:
         """Smallest first. Running out of memory drops the larger buckets; another failure drops them all."""
-        gc.collect()  # what an older engine has left behind, graphs too: freed within a capture it would break that
+        gc.collect()  # a graph that an older engine has left behind, freed within a capture, breaks that (pytorch#161037)
         started = time.perf_counter()
         for bucket in [*self.decode_buckets, *self.mixed_buckets]:
             try:
