@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nanovllm.errors import InvalidGrammar
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.async_engine import AsyncEngine
     from nanovllm.server.options import ServerOptions
 
-MAX_WAITING = 16  # grammars of one key
+MAX_WAITING = 256  # grammars of one key, all different
 
 KEY: ContextVar[str] = ContextVar("KEY", default="")  # whose request this task serves; set when its body is read
 
@@ -71,12 +72,19 @@ class Turns:
                 return
 
 
+@dataclass(slots=True)
+class _Check:
+    task: asyncio.Task[None]
+    num_waiting: int = 0  # requests
+
+
 class Grammars:
     def __init__(self, engine: AsyncEngine, options: ServerOptions) -> None:
         self._engine, self._options = engine, options
         self._checker: GrammarChecker | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._turns = Turns()
+        self._under_way: dict[tuple[str, StructuredOutput], _Check] = {}
 
     async def make(self, field: str, kind: str, value: str | tuple[str, ...]) -> StructuredOutput:
         """A structured output that compiles. What is wrong with it is reported under the client's `field`."""
@@ -96,9 +104,25 @@ class Grammars:
             facts = self._engine.facts
             self._checker = GrammarChecker(self._engine.tokenizer, facts.vocab_size, facts.eos_token_ids)
             self._thread = ThreadPoolExecutor(1, "grammars")
-        async with self._turns.turn(KEY.get()):
+        if self._checker.knows(structured):
+            return
+        place = KEY.get(), structured  # a line is a key's own: nobody waits in that of another
+        check = self._under_way.get(place)
+        if check is None:
+            check = self._under_way[place] = _Check(asyncio.ensure_future(self._check_anew(*place, self._checker)))
+            check.task.add_done_callback(lambda _: self._under_way.pop(place, None))
+        check.num_waiting += 1
+        try:
+            await asyncio.shield(check.task)
+        finally:
+            check.num_waiting -= 1
+            if check.num_waiting == 0:
+                check.task.cancel()  # if it is not done: whoever wanted it has left
+
+    async def _check_anew(self, key: str, structured: StructuredOutput, checker: GrammarChecker) -> None:
+        async with self._turns.turn(key):
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._thread, self._checker.check_grammar, structured, self._options.grammar_timeout_s)
+            await loop.run_in_executor(self._thread, checker.check_grammar, structured, self._options.grammar_timeout_s)
 
     def close(self) -> None:
         """End the compiler's process. Idempotent."""

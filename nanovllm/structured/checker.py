@@ -86,6 +86,15 @@ class GrammarChecker:
         if error is not None:
             raise InvalidGrammar(error)
 
+    def knows(self, structured: StructuredOutput) -> bool:
+        """Whether it was checked lately: then it compiles, or this raises `InvalidGrammar`. Waits for nobody."""
+        if structured not in self._verdicts:
+            return False
+        error = self._verdicts.get(structured)
+        if error is not None:
+            raise InvalidGrammar(error)
+        return True
+
     def _judge(self, structured: StructuredOutput, timeout_s: float) -> str | None:
         if self._is_closed:
             raise RuntimeError("the checker is closed")

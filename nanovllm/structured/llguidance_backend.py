@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -48,8 +48,18 @@ FEW_WORDS = 16  # of a mask, a line of the processor's cache: single bytes are a
 
 
 class LLGuidanceMatcher:
-    def __init__(self, inner: Any, end_token_ids: Sequence[int], can_end_early: bool, budget: MaskBudget) -> None:
+    def __init__(
+        self,
+        inner: Any,
+        end_token_ids: Sequence[int],
+        can_end_early: bool,
+        budget: MaskBudget,
+        strand: LLGuidanceMatcher | None = None,
+    ) -> None:
+        """`strand`: the compiled one that this is a copy of. They share what they learn, and the limits of it."""
         self.error: str | None = None
+        self.is_worn = False  # as a strand: what was learnt has come to a limit, and no copy goes on
+        self._strand = strand or self
         self._is_complete = False
         self._inner = inner
         self._end_token_ids = end_token_ids
@@ -59,7 +69,7 @@ class LLGuidanceMatcher:
 
     def fork(self, can_end_early: bool, budget: MaskBudget) -> LLGuidanceMatcher:
         """The same place, to go on independently."""
-        return LLGuidanceMatcher(self._inner.deep_copy(), self._end_token_ids, can_end_early, budget)
+        return LLGuidanceMatcher(self._inner.deep_copy(), self._end_token_ids, can_end_early, budget, self._strand)
 
     def give_up(self) -> None:
         self._fail("it is too ambiguous: finding the next tokens takes too long")
@@ -77,6 +87,7 @@ class LLGuidanceMatcher:
         except BaseException as error:  # also a panic, which is no Exception: it ends a sequence, not the engine
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
+            self._strand.is_worn = True
             self._fail(f"the grammar engine failed: {error!r}")
         return time.thread_time() - started
 
@@ -123,6 +134,7 @@ class LLGuidanceMatcher:
     def _finish_mask(self, mask: np.ndarray) -> None:
         if not self._is_over:
             if self._inner.is_error():
+                self._strand.is_worn = True
                 self._fail(_first_part(self._inner.get_error()))
             elif not mask.any():
                 self._fail("no token fits here")
@@ -141,6 +153,7 @@ class LLGuidanceMatcher:
         elif inner.consume_token(token_id):
             self._is_complete = inner.is_stopped()
         else:
+            self._strand.is_worn = True
             self._fail(_first_part(inner.get_error()))
             return "error"
         return "stop" if self._is_complete else None
@@ -207,7 +220,7 @@ class LLGuidanceGrammar:
         Matchers of one strand wait for each other, because they share what they learn.
         """
         with self._lock:
-            strands = self._compiled.get(structured, [])
+            strands = [strand for strand in self._compiled.get(structured, []) if not strand.is_worn]
             is_enough = len(strands) >= self._num_wanted(len(self._compiled))
         fresh = []
         if not strands or (may_add and not is_enough):
@@ -218,7 +231,8 @@ class LLGuidanceGrammar:
                 if not strands:  # else it compiles, if not always in time
                     raise
         with self._lock:
-            strands = self._compiled[structured] = [*fresh, *self._compiled.get(structured, strands)]
+            kept = [strand for strand in self._compiled.get(structured, strands) if not strand.is_worn]
+            strands = self._compiled[structured] = [*fresh, *kept] or strands
             self._compiled.move_to_end(structured)
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
@@ -308,9 +322,7 @@ class LLGuidanceGrammar:
     def _vocabulary(self) -> Any:
         """A tenth of a second for 49,000 tokens."""
         wrapper = self._library.TokenizerWrapper(self._view)
-        vocabulary = self._library.LLTokenizer(wrapper, n_vocab=self._vocab_size, eos_token=list(self._end_token_ids))
-        self._view.encode_anyhow = vocabulary.greedy_tokenize
-        return vocabulary
+        return self._library.LLTokenizer(wrapper, n_vocab=self._vocab_size, eos_token=list(self._end_token_ids))
 
 
 class _VocabularyView:
@@ -324,7 +336,6 @@ class _VocabularyView:
         self.special_token_ids = sorted(token_id for token_id in special if token_id < vocab_size)
         self._special = set(self.special_token_ids)
         self.encode = tokenizer.encode_literally
-        self.encode_anyhow: Callable[[str], list[int]] = self.encode
 
     def __call__(self, text: bytes | str) -> list[int]:
         """Where only one text is possible, the model gets the tokens that it would have been trained on.
@@ -333,7 +344,29 @@ class _VocabularyView:
         """
         text = text if isinstance(text, str) else text.decode()
         token_ids = self.encode(text)
-        return token_ids if self.writes(token_ids, text) else self.encode_anyhow(text)
+        return token_ids if self.writes(token_ids, text) else self._encode_anyhow(text.encode())
+
+    def _encode_anyhow(self, text: bytes) -> list[int]:
+        """In the longest tokens that fit, up to where none does."""
+        # Not by the library's own `greedy_tokenize`: it holds this object, and the circle would never be collected.
+        token_ids, start = [], 0
+        while start < len(text):
+            ends = range(min(len(text), start + self._longest), start, -1)
+            end = next((end for end in ends if text[start:end] in self._ids_of_bytes), None)
+            if end is None:
+                break
+            token_ids.append(self._ids_of_bytes[text[start:end]])
+            start = end
+        return token_ids
+
+    @cached_property
+    def _ids_of_bytes(self) -> dict[bytes, int]:
+        ordinary = (token_id for token_id in range(len(self.tokens) - 1, -1, -1) if token_id not in self._special)
+        return {self.tokens[token_id]: token_id for token_id in ordinary if self.tokens[token_id]}
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._ids_of_bytes))
 
     def writes(self, token_ids: Sequence[int], text: str) -> bool:
         if not self._special.isdisjoint(token_ids):
@@ -352,8 +385,17 @@ def _translate(structured: StructuredOutput, library: Any) -> str:
         return library.grammar_from("grammar", structured.text)
     schema = structured.text if structured.kind == "json_schema" else '{"type": "object"}'
     # A schema may carry options of llguidance, "x-guidance". Not this one: a lenient compiler ignores what it does not know.
-    defaults = {} if '"x-guidance"' in schema else {"whitespace_pattern": JSON_WHITESPACE}
+    options = _options_of(schema)
+    defaults = {} if any(name.startswith("whitespace") for name in options) else {"whitespace_pattern": JSON_WHITESPACE}
     return matcher.grammar_from_json_schema(schema, defaults=defaults, overrides={"lenient": False})
+
+
+def _options_of(schema: str) -> Mapping[str, Any]:
+    try:
+        options = json.loads(schema)["x-guidance"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    return options if isinstance(options, dict) else {}
 
 
 def _first_part(message: str) -> str:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
+from nanovllm.errors import InvalidGrammar
 from nanovllm.llm import load_tokenizer
 from nanovllm.loaders.checkpoint import open_checkpoint
 from nanovllm.outputs import CompletionOutput, GenerationOutput, RequestMetrics
+from nanovllm.sampling_params import StructuredOutput
 from nanovllm.server.conversation import Conversation, Items, TurnReader
 from nanovllm.server.errors import BadField, HttpError, Unavailable
-from nanovllm.server.grammars import MAX_WAITING, Grammars, Turns
+from nanovllm.server.grammars import KEY, MAX_WAITING, Grammars, Turns
 from nanovllm.server.options import ServerOptions
 from nanovllm.server.parts import Reasoning, Text, ToolCallArguments, ToolCallStart
 from nanovllm.server.protocol import CompletionChoice
@@ -240,5 +244,77 @@ def test_keys_take_turns_at_the_compiler_and_one_that_fills_its_queue_is_told_so
         assert order[:6] == [("greedy", 0), ("greedy", 1), ("other", 0), ("greedy", 3), ("other", 1), ("greedy", 4)]
         assert len(order) == MAX_WAITING + 3
         await work("later", 1)
+
+    asyncio.run(test())
+
+
+class OneByOne:
+    """A checker that refuses what begins with a bracket, and counts."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.may_go_on = threading.Event()
+        self._verdicts: dict[StructuredOutput, bool] = {}
+
+    def knows(self, structured: StructuredOutput) -> bool:
+        if self._verdicts.get(structured) is False:
+            raise InvalidGrammar("a bracket, again")
+        return structured in self._verdicts
+
+    def check_grammar(self, structured: StructuredOutput, timeout_s: float) -> None:
+        self.asked.append(structured.text)
+        assert self.may_go_on.wait(10)
+        self._verdicts[structured] = not structured.text.startswith("(")
+        if not self._verdicts[structured]:
+            raise InvalidGrammar("a bracket")
+
+    def close(self) -> None: ...
+
+
+def test_requests_with_one_grammar_share_its_check_and_those_that_come_later_need_none():
+    async def test() -> None:
+        grammars, checker = Grammars(None, ServerOptions()), OneByOne()  # type: ignore[arg-type]
+        grammars._checker, grammars._thread = checker, ThreadPoolExecutor(1)  # type: ignore[assignment]
+
+        def make(text: str) -> asyncio.Task[StructuredOutput]:
+            return asyncio.ensure_future(grammars.make("form", "regex", text))
+
+        same, bad, gone = [make("a+") for _ in range(600)], [make("(") for _ in range(5)], make("gone")
+        await asyncio.sleep(0.05)
+        same.pop(0).cancel()  # who asked first leaves, and the others do not notice
+        gone.cancel()
+        await asyncio.sleep(0)
+        checker.may_go_on.set()
+        assert {structured.text for structured in await asyncio.gather(*same)} == {"a+"}
+        assert all(isinstance(error, BadField) for error in await asyncio.gather(*bad, return_exceptions=True))
+        assert checker.asked == ["a+", "("] and not grammars._under_way
+        checker.may_go_on.clear()  # now whoever asks would wait
+        await asyncio.gather(*[make("a+") for _ in range(600)])
+        with pytest.raises(BadField, match="a bracket, again"):
+            await make("(")
+        grammars.close()
+
+    asyncio.run(test())
+
+
+def test_a_grammar_that_waits_in_one_keys_line_is_not_waited_for_by_another_key():
+    async def test() -> None:
+        grammars, checker = Grammars(None, ServerOptions()), OneByOne()  # type: ignore[arg-type]
+        grammars._checker, grammars._thread = checker, ThreadPoolExecutor(1)  # type: ignore[assignment]
+
+        async def make(key: str, text: str) -> str:
+            KEY.set(key)
+            await grammars.make("form", "regex", text)
+            order.append((key, text))
+            return key
+
+        order: list[tuple[str, str]] = []
+        tasks = [asyncio.ensure_future(make("greedy", f"slow{number}")) for number in range(20)]
+        tasks += [asyncio.ensure_future(make(key, "popular")) for key in ("greedy", "other")]
+        await asyncio.sleep(0.05)
+        checker.may_go_on.set()
+        await asyncio.gather(*tasks)
+        assert order.index(("other", "popular")) < 4 and order[-1] == ("greedy", "popular")
+        grammars.close()
 
     asyncio.run(test())

@@ -549,3 +549,51 @@ def test_whitespace_between_the_parts_of_json_is_limited(byte_level):
     for _ in range(32):
         assert newline in byte_level.allowed(matcher) and matcher.accept(newline) is None
     assert newline not in byte_level.allowed(matcher)
+
+
+def test_what_others_have_learnt_up_to_a_limit_fails_no_later_request():
+    """Copies of one compiled grammar share the states that its lexer has met, and their number is limited."""
+    model = Model(byte_level_backend())
+    source, choose, errors = StructuredOutput("regex", "([xy]{1,200}){1,100}"), random.Random(0), []
+    tokens = [token_id for token_id in map(model.tokenizer.token_to_id, "xy") if token_id is not None]
+    for _ in range(12):
+        matcher, mask = model.compile(source), np.zeros(num_mask_words(model.vocab_size), np.int32)
+        for number in range(400):
+            matcher.fill_mask(mask)
+            if matcher.accept(choose.choice(tokens)):
+                errors.append(number)
+                break
+    assert errors, "this grammar meets no limit: take another"
+    assert min(errors) > 20 or errors.count(min(errors)) == len(errors)
+
+
+def test_a_grammars_vocabulary_is_freed_with_it():
+    import gc
+    import weakref
+
+    model = Model(byte_level_backend())
+    model.compile(StructuredOutput("json_object"))
+    view = weakref.ref(model.grammar._view)
+    del model
+    gc.collect()
+    assert view() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "is_limited"),
+    [
+        ({}, True),
+        ({"x-guidance": {}}, True),
+        ({"properties": {"x-guidance": {}}}, True),
+        ({"x-guidance": {"whitespace_pattern": "[ ]+"}}, False),
+    ],
+)
+def test_white_space_is_limited_unless_the_schema_says_otherwise(byte_level, options, is_limited):
+    matcher = byte_level.compile(schema(type="object", **options))
+    token_ids = [byte_level.tokenizer.token_to_id(piece) for piece in ("{", "\u0120")]
+    assert matcher.accept(token_ids[0]) is None
+    run = 0
+    while run < 100 and token_ids[1] in byte_level.allowed(matcher):
+        assert matcher.accept(token_ids[1]) is None
+        run += 1
+    assert run == (32 if is_limited else 100)
