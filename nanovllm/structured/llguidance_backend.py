@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from nanovllm.tokenizer import Tokenizer
 
 MAX_LEXER_STATES = 50_000  # of one sequence, 1 to 2 kB each
 MAX_COMPILE_SECONDS = 0.5  # of processor time, the first mask included
+MAX_SECONDS_AGAIN = 0.02  # of a compilation that the engine may repeat between two steps, the first mask included
 MAX_COMPILED = 64  # grammars kept for the next request with the same one
 MAX_STRANDS = 512  # compiled copies of all of them: one that is written to hurt can learn 60 MB of states
 STRANDS_PER_THREAD = 2
@@ -59,7 +60,9 @@ class LLGuidanceMatcher:
         """`strand`: the compiled one that this is a copy of. They share what they learn, and the limits of it."""
         self.error: str | None = None
         self.is_worn = False  # as a strand: what was learnt has come to a limit, and no copy goes on
+        self.compile_again: Callable[[], Any] | None = None  # as a strand: where it takes no time to speak of
         self._strand = strand or self
+        self._accepted: list[int] = []
         self._is_complete = False
         self._inner = inner
         self._end_token_ids = end_token_ids
@@ -133,8 +136,10 @@ class LLGuidanceMatcher:
 
     def _finish_mask(self, mask: np.ndarray) -> None:
         if not self._is_over:
+            if self._inner.is_error() and self._goes_on_alone():
+                mask.fill(0)
+                self._budget.charge(self, self._compute_mask(mask))
             if self._inner.is_error():
-                self._strand.is_worn = True
                 self._fail(_first_part(self._inner.get_error()))
             elif not mask.any():
                 self._fail("no token fits here")
@@ -150,13 +155,24 @@ class LLGuidanceMatcher:
         inner = self._inner
         if token_id in self._end_token_ids and inner.is_accepting():
             self._is_complete = True
-        elif inner.consume_token(token_id):
-            self._is_complete = inner.is_stopped()
+        elif inner.consume_token(token_id) or (self._goes_on_alone() and self._inner.consume_token(token_id)):
+            self._accepted.append(token_id)
+            self._is_complete = self._inner.is_stopped()
         else:
-            self._strand.is_worn = True
-            self._fail(_first_part(inner.get_error()))
+            self._fail(_first_part(self._inner.get_error()))
             return "error"
         return "stop" if self._is_complete else None
+
+    def _goes_on_alone(self) -> bool:
+        """What the copies of one compilation have learnt is at its limit: in a compilation of its own, once, there is room."""
+        strand, self._strand = self._strand, self
+        strand.is_worn = True
+        if strand is self or strand.compile_again is None:
+            return False
+        inner = strand.compile_again()
+        if all(map(inner.consume_token, self._accepted)):
+            self._inner = inner
+        return not self._inner.is_error()
 
     def _fail(self, message: str) -> None:
         self.error = self.error or message
@@ -257,20 +273,24 @@ class LLGuidanceGrammar:
     def _compile(self, structured: StructuredOutput) -> LLGuidanceMatcher:
         vocabulary = self._vocabulary_for(structured)
         started = time.thread_time()
-        inner = None
+        inner, used = None, vocabulary
         if vocabulary is self._native_vocabulary:
             with suppress(InvalidGrammar):
                 inner = self._parse(structured, vocabulary)
         if inner is None:
-            inner = self._parse(structured, self._vocabulary)  # in whose message special tokens have their own names
+            used = self._vocabulary  # in whose message special tokens have their own names
+            inner = self._parse(structured, used)
         unused = MaskBudget()  # this mask counts as compilation
         matcher = LLGuidanceMatcher(inner, self._end_token_ids, True, unused)
         first = matcher.fork(True, unused)
         first.fill_mask(np.zeros(num_mask_words(self._vocab_size), dtype=np.int32))
         if first.error is not None:
             raise InvalidGrammar(f"{structured.kind}: {first.error}")
-        if time.thread_time() - started > MAX_COMPILE_SECONDS:
+        seconds = time.thread_time() - started
+        if seconds > MAX_COMPILE_SECONDS:
             raise InvalidGrammar(f"{structured.kind}: it takes longer than {MAX_COMPILE_SECONDS:g} seconds to compile")
+        if seconds < MAX_SECONDS_AGAIN:
+            matcher.compile_again = partial(self._parse, structured, used)
         return matcher
 
     def _parse(self, structured: StructuredOutput, vocabulary: Any) -> Any:

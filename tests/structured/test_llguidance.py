@@ -551,20 +551,27 @@ def test_whitespace_between_the_parts_of_json_is_limited(byte_level):
     assert newline not in byte_level.allowed(matcher)
 
 
-def test_what_others_have_learnt_up_to_a_limit_fails_no_later_request():
+def test_what_others_have_learnt_up_to_a_limit_fails_nobody_else():
     """Copies of one compiled grammar share the states that its lexer has met, and their number is limited."""
-    model = Model(byte_level_backend())
-    source, choose, errors = StructuredOutput("regex", "([xy]{1,200}){1,100}"), random.Random(0), []
+    model, choose = Model(byte_level_backend()), random.Random(0)
+    source = StructuredOutput("regex", "([xy]{1,200}){1,100}")
     tokens = [token_id for token_id in map(model.tokenizer.token_to_id, "xy") if token_id is not None]
-    for _ in range(12):
-        matcher, mask = model.compile(source), np.zeros(num_mask_words(model.vocab_size), np.int32)
-        for number in range(400):
+
+    def write(matcher: LLGuidanceMatcher, number: int) -> int:
+        mask = np.zeros(num_mask_words(model.vocab_size), np.int32)
+        for done in range(number):
             matcher.fill_mask(mask)
-            if matcher.accept(choose.choice(tokens)):
-                errors.append(number)
-                break
-    assert errors, "this grammar meets no limit: take another"
-    assert min(errors) > 20 or errors.count(min(errors)) == len(errors)
+            if matcher.accept(choose.choice(tokens)) is not None:
+                return done
+        return number
+
+    long, beside = model.compile(source), model.compile(source)
+    assert long._strand is beside._strand and write(beside, 10) == 10
+    num_written = write(long, 1000)
+    assert 50 < num_written < 1000 and long.error is not None and "too many" in long.error
+    assert write(beside, 40) == 40 and beside.error is None, "it goes on from where it was"
+    later = model.compile(source)
+    assert write(later, 40) == 40 and later._strand is not beside._strand
 
 
 def test_a_grammars_vocabulary_is_freed_with_it():
