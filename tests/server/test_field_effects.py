@@ -404,7 +404,8 @@ def test_structured_output_in_all_its_spellings(tiny, path):
     wrong = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "nonsense"}}}
     assert param(tiny, path, response_format=wrong) == "response_format"
     assert param(tiny, path, guided_regex="a" * 70_000) == "guided_regex"
-    impossible = post(tiny, path, **free, guided_regex="\U0007ebfb")  # no token of this vocabulary has its first byte
+    assert param(tiny, path, guided_regex="\U0007ebfb") == "guided_regex"  # no token of this vocabulary has its first byte
+    impossible = post(tiny, path, **free, guided_regex="[ab]\U0007ebfb")
     assert (impossible.status, impossible.error["code"]) == (400, "grammar_failed")
 
 
