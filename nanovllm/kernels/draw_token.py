@@ -111,9 +111,8 @@ def _reduce_tile_kernel(
         line = tl.load(mask_line_ptr + sample).to(tl.int64)
         if line >= 0:
             word = tile * (TILE // 32) + tl.arange(0, TILE // 32)
-            words = tl.load(
-                mask_ptr + line * mask_stride + word, word * 32 < vocab_size, other=0
-            )  # once: the host's memory is far
+            # Each word once: the host's memory is far.
+            words = tl.load(mask_ptr + line * mask_stride + word, word * 32 < vocab_size, other=0)
             live = tl.max((words != 0).to(tl.int32), 0)  # 0: nothing of this tile may come, so it needs no noise
             bits = tl.reshape((words[:, None] >> tl.arange(0, 32)[None, :]) & 1, [TILE])
             lowest = tl.maximum(logit, FORBIDDEN)  # above the rest even if the model says -inf

@@ -4,7 +4,8 @@ A graph has fixed shapes, so it is captured per *bucket*: a number of tokens T a
 step to step is in one int32 buffer of the bucket, filled on the host and copied before the replay: where each token
 is, which tokens draw, and the attention's work items. Unused places are padding: tokens without a row are not stored,
 work items without queries end at once, samples without a row draw into a spare row. Everything else (tokens, block
-tables) is read from the row state on the device.
+tables) is read from the row state on the device. A step in which the sequences of the last one decode on is filled by
+one addition (`Decoding`). Drawn tokens are written to, and masks of grammars read from, the host's pinned memory.
 
 `fill` returns None where no bucket fits, and the caller runs the step eagerly. Owns the buckets and the capture;
 what a step computes is `ModelRunner.forward_step`.

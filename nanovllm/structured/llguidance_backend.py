@@ -169,9 +169,10 @@ class LLGuidanceMatcher:
         strand.is_worn = True
         if strand is self or strand.compile_again is None:
             return False
-        inner = strand.compile_again()
-        if all(map(inner.consume_token, self._accepted)):
-            self._inner = inner
+        with suppress(InvalidGrammar):
+            inner = strand.compile_again()
+            if all(map(inner.consume_token, self._accepted)):
+                self._inner = inner
         return not self._inner.is_error()
 
     def _fail(self, message: str) -> None:
@@ -237,7 +238,7 @@ class LLGuidanceGrammar:
         """
         with self._lock:
             strands = [strand for strand in self._compiled.get(structured, []) if not strand.is_worn]
-            is_enough = len(strands) >= self._num_wanted(len(self._compiled))
+            is_enough = len(strands) >= self._num_wanted
         fresh = []
         if not strands or (may_add and not is_enough):
             try:
@@ -252,14 +253,15 @@ class LLGuidanceGrammar:
             self._compiled.move_to_end(structured)
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
-            for kept in self._compiled.values():
-                del kept[self._num_wanted(len(self._compiled)) :]
+            for others in self._compiled.values():
+                del others[self._num_wanted :]
             return strands
 
-    def _num_wanted(self, num_compiled: int) -> int:
-        """Strands of each of so many grammars: seldom do two threads meet at one."""
+    @property
+    def _num_wanted(self) -> int:
+        """Strands of a grammar, so that two threads seldom meet at one, and a fair share of all. Call it under the lock."""
         num_threads = self._budget.num_threads
-        fair = MAX_STRANDS // max(num_compiled, 1)
+        fair = MAX_STRANDS // max(len(self._compiled), 1)
         return 1 if num_threads == 1 else max(1, min(STRANDS_PER_THREAD * num_threads, fair))
 
     def _compile_after_mark(self, structured: StructuredOutput, after: str, can_end_early: bool) -> AfterMark:
